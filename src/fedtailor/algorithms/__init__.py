@@ -1,0 +1,37 @@
+"""Algorithms: one file a paper. `ALGORITHMS` is the one registry; an algorithm's signature is its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from fedtailor.algorithms.baselines import local, pooled
+from fedtailor.algorithms.fedavg import fedadagrad, fedadam, fedavg, fedavgm, fedyogi
+from fedtailor.algorithms.fedbuff import asynchronous
+from fedtailor.algorithms.fedex import fedex
+from fedtailor.algorithms.fedprox import fedprox
+from fedtailor.algorithms.flora import flora
+from fedtailor.algorithms.hetlora import hetlora
+from fedtailor.algorithms.lora_averaging import fedit, fedsa, ffa
+from fedtailor.algorithms.scaffold import scaffold
+from fedtailor.core import Algorithm
+
+ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
+    "asynchronous": asynchronous,
+    "fedadagrad": fedadagrad,
+    "fedadam": fedadam,
+    "fedavg": fedavg,
+    "fedavgm": fedavgm,
+    "fedex": fedex,
+    "fedit": fedit,
+    "fedprox": fedprox,
+    "fedsa": fedsa,
+    "fedyogi": fedyogi,
+    "ffa": ffa,
+    "flora": flora,
+    "hetlora": hetlora,
+    "local": local,
+    "pooled": pooled,
+    "scaffold": scaffold,
+}
+
+__all__ = ["ALGORITHMS"]

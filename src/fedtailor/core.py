@@ -1,0 +1,218 @@
+"""The seven words of fedtailor. Read this file first; an algorithm needs little else.
+
+A round is a generator without input or output: it yields letters and is sent the replies. A client handler is a generator
+too: it yields the heavy work (`Fit`, `Predict`) and is sent the results. An engine holds the conversation, so the same
+algorithm runs in one process, stacked over many clients, or between many machines, and never knows which.
+
+Laws, each one a contract test that every algorithm passes: server state between rounds is a plain value that can be saved;
+a handler mutates nothing it was given; a reply holds no raw example; in memory == through the wire, bit for bit;
+stacked == one by one within 1e-5; same seed, same result, whatever the order in which replies arrive.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+Tree: TypeAlias = dict[str, Any]  # tensors by name, nested dicts; also texts, numbers and lists of them
+ClientId: TypeAlias = str
+Batch: TypeAlias = Mapping[str, Tensor]
+Forward: TypeAlias = Callable[[Tree, Batch], Tensor]  # (params, batch) -> logits
+Loss: TypeAlias = Callable[[Forward, Tree, Batch, Tree], Tensor]  # (forward, params, batch, aux) -> scalar
+State: TypeAlias = Tree
+
+SERVER: ClientId = "server"
+"""A site beside the server itself: the held-out global test set, and, in simulation only, the pooled training data."""
+
+
+class Message(NamedTuple):
+    """What crosses the wire; nothing else does."""
+
+    verb: str  # names the client handler that answers it
+    body: Tree = {}
+    info: Mapping[str, float] = {}  # numbers about the body: n, loss, step
+
+
+class Examples(Protocol):
+    """Encoded examples of one client: rows of a store that exists once for all clients."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each example (1 for images): what a batch of it costs."""
+        ...
+
+    def batch(self, rows: Sequence[int], width: int, size: int) -> dict[str, Tensor]:
+        """The rows as tensors, padded to `width` tokens and to `size` rows (padding rows carry no label)."""
+        ...
+
+
+class Plan(NamedTuple):
+    """How a Fit trains. Equal plans are stacked."""
+
+    epochs: float = 1.0  # passes over the client's data; a fraction takes that part of it
+    steps: int = 0  # when positive: exactly so many optimiser steps, whatever the data
+    batch: int = 16
+    optimizer: str = "adamw"  # adamw | adam | sgd
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    schedule: str = "constant"  # constant | linear | cosine, over the steps of one Fit
+    clip: float = 0.0  # norm of one client's gradient; 0 is no clipping
+    dropout: bool = False  # the model's own dropout while training
+
+
+class Fit(NamedTuple):
+    """Train `params` on `data`; answered with a `Fitted`."""
+
+    loss: Loss  # module level, pure, no closure: equal losses are stacked
+    params: Tree
+    data: Examples
+    aux: Tree = {}  # per-client tensors the loss reads: anchor, teacher, gradient
+    plan: Plan = Plan()
+    optimizer: Tree = {}  # optimiser state to go on with; empty starts afresh
+
+
+class Fitted(NamedTuple):
+    params: Tree
+    seen: Mapping[str, float]  # n, steps, loss (mean over the steps), flops
+    optimizer: Tree  # the optimiser's state after the last step
+
+
+class Predict(NamedTuple):
+    """Run `fn` over `data` without gradient; answered with its outputs, one row an example, in the data's order."""
+
+    fn: Callable[[Forward, Tree, Batch], Tree]  # (forward, params, batch) -> tensors with a leading batch axis
+    params: Tree
+    data: Examples
+
+
+Ask: TypeAlias = Fit | Predict
+Flow: TypeAlias = Generator[Ask, Any, tuple[Tree | None, Message]]
+"""A client handler, running: yields asks, returns (own new state, reply)."""
+
+
+class Letters(NamedTuple):
+    """What a round yields. A plain mapping is the same as `wait="all"`."""
+
+    to: Mapping[ClientId, Message]
+    wait: str = "all"  # all: every reply before the deadline | any: as soon as one reply is there
+
+
+Talk: TypeAlias = Generator[Letters | Mapping[ClientId, Message], dict[ClientId, Message], Any]
+"""A conversation of the server, running: yields letters, is sent the replies that arrived, returns the new state."""
+
+
+def as_they_come(to: Mapping[ClientId, Message]) -> Letters:
+    """Send these letters (perhaps none) and go on as soon as any reply is there, also one asked for earlier."""
+    return Letters(to, "any")
+
+
+class Device(NamedTuple):
+    """What a client runs on. Zero means "not limited" for memory and bandwidth."""
+
+    name: str = "server-grade"
+    flops: float = 0.0  # floating-point operations a second; 0: compute takes no simulated time
+    memory: float = 0.0  # bytes
+    uplink: float = 0.0  # bytes a second
+    downlink: float = 0.0  # bytes a second
+    latency: float = 0.0  # seconds, one way
+    dropout: float = 0.0  # probability that a letter to this client is lost
+
+
+class Site(NamedTuple):
+    """What a client has and never sends."""
+
+    id: ClientId
+    data: Mapping[str, Examples]  # train, test, and valid or global where there is one
+    init: Tree  # the technique's initial tree at this client (ranks and prefix lengths may differ)
+    round: int = 0
+    seed: int = 0
+    device: Device = Device()
+
+    def random(self, purpose: str) -> torch.Generator:
+        """The client's own random stream for this purpose in this round."""
+        return stream(self.seed, purpose, self.id, self.round)
+
+
+Handler: TypeAlias = Callable[[Tree | None, Message, Site], Flow]
+
+
+class Algorithm(NamedTuple):
+    """A value: a few functions; never a base class."""
+
+    init: Callable[[Tree], State]  # technique's initial tree -> server state
+    round: Callable[[State, list[ClientId]], Talk]  # a round with this cohort; returns the new state
+    client: Mapping[str, Handler]  # verb -> handler
+    answer: Callable[[State, list[ClientId]], Talk]  # evaluation is a conversation too; returns replies by client
+    model: Callable[[State], Tree]  # the tree that a newcomer gets, and that is exported
+    personal: Callable[[Tree | None, Tree, Site], Tree] | None = None  # (own, broadcast, site) -> a client's own tree
+
+
+class Job(NamedTuple):
+    """What an experiment gives to every algorithm: an algorithm's other parameters are its own options."""
+
+    loss: Loss
+    judge: Callable[[Forward, Tree, Batch], Tree]  # per-example outputs for the metrics
+    tally: Callable[[Tree], Tree]  # those outputs -> sums that can be added over clients
+    plan: Plan = Plan()
+    clients: int = 1  # all clients of the federation, not only a cohort
+    device: str = "cpu"
+
+
+def seed_of(seed: int, *purpose: str | int) -> int:
+    """A 63-bit seed for (seed, purpose, client, round): streams are derived, never shared."""
+    text = "\x1f".join(str(part) for part in (seed, *purpose))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def stream(seed: int, *purpose: str | int) -> torch.Generator:
+    """A random stream of its own for this seed and purpose."""
+    return torch.Generator().manual_seed(seed_of(seed, *purpose))
+
+
+def one_exchange(
+    serve: Callable[[State, ClientId], Message],
+    merge: Callable[[State, dict[ClientId, Message]], State],
+) -> Callable[[State, list[ClientId]], Talk]:
+    """The common round: one letter to each client of the cohort, one merge of what came back (in client order)."""
+
+    def round(state: State, cohort: list[ClientId]) -> Talk:
+        replies = yield {client: serve(state, client) for client in cohort}
+        # A client may fail: the inbox is a subset of the outbox, and an empty one changes nothing.
+        return merge(state, {c: replies[c] for c in sorted(replies)}) if replies else state
+
+    return round
+
+
+def answer_with(
+    job: Job,
+    broadcast: Callable[[State], Tree],
+    personal: Callable[[Tree | None, Tree, Site], Tree] | None = None,
+) -> tuple[Callable[[State, list[ClientId]], Talk], Handler]:
+    """Evaluation in one exchange: (the server's conversation, the client's handler for the verb "answer").
+
+    Without `personal` the server's own tree is judged, once on its test set and once on each client's test split.
+    With it each client judges its personal tree on its own split and on its sample of the global test set.
+    """
+
+    def answer(state: State, cohort: list[ClientId]) -> Talk:
+        letter = Message("answer", broadcast(state))
+        everyone = cohort if personal else [*cohort, SERVER]
+        return (yield {client: letter for client in everyone})
+
+    def handler(own: Tree | None, msg: Message, site: Site) -> Flow:
+        params = personal(own, msg.body, site) if personal and site.id != SERVER else msg.body
+        body: Tree = {}
+        for split in ("test", "global"):
+            if split in site.data and len(site.data[split]):
+                outputs = yield Predict(job.judge, params, site.data[split])
+                body[split] = job.tally(outputs)
+        return own, Message("judged", body, {"n": float(len(site.data.get("test", ())))})
+
+    return answer, handler

@@ -1,0 +1,157 @@
+"""Answering what client handlers ask for: each ask alone, or all clients in lockstep with equal asks in one stacked call."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedtailor.core import Ask, ClientId, Fit, Fitted, Flow, Forward, Message, Predict, Tree
+from fedtailor.engines.training import Flops, fit, no_flops
+from fedtailor.trees import numel, signature, tree_map
+
+TOKENS = 1280
+"""Tokens in a stacked step on a CPU: more is no faster and takes memory for activations (docs/performance.md)."""
+LARGE = 4_000_000
+"""Trained numbers above which clients are trained one by one."""
+PREDICTED = 2048
+"""Tokens in a batch of Predict."""
+
+Answers = dict[ClientId, Any]
+Randoms = Callable[[ClientId], torch.Generator]
+
+
+class Workers:
+    """Threads that each hold a forward of their own over the same tensors; on a CPU each is single-threaded.
+
+    One single-threaded worker a core beats one worker on all cores for small steps, and shares the backbone's memory.
+    """
+
+    def __init__(
+        self, bind: Callable[[bool], Forward], count: int, device: str = "cpu", flops: Flops = no_flops, group: int = 0
+    ) -> None:
+        self.device, self.flops, self.group, self.count = device, flops, group, count
+        self._bind = bind
+        self._forwards: dict[bool, queue.SimpleQueue[Forward]] = {}
+        self._pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) if count > 1 else None
+
+    def map(self, work: Callable[[Any, Forward], Any], items: Sequence[Any], dropout: bool = False) -> list[Any]:
+        """work(item, forward) for each item, results in the order of the items. With dropout, one after the other:
+        torch's random stream is one for all threads."""
+        if dropout not in self._forwards:
+            self._forwards[dropout] = queue.SimpleQueue()
+            for _ in range(self.count):
+                self._forwards[dropout].put(self._bind(dropout))
+        forwards = self._forwards[dropout]
+
+        def one(item: Any) -> Any:
+            forward = forwards.get()
+            try:
+                return work(item, forward)
+            finally:
+                forwards.put(forward)
+
+        if self._pool is None or dropout:
+            return [one(item) for item in items]
+        return list(self._pool.map(one, items))
+
+    def close(self) -> None:
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def answer(asks: Mapping[ClientId, Ask], workers: Workers, randoms: Randoms, stacked: bool) -> Answers:
+    """The results of these asks. With `stacked`, Fits with the same loss, plan and shapes share calls; else each is alone."""
+    done: Answers = {}
+    for dropout in (False, True):
+        fits = {c: a for c, a in asks.items() if isinstance(a, Fit) and a.plan.dropout == dropout}
+        groups = grouped(fits, workers.group, workers.count) if stacked else [[c] for c in fits]
+
+        def train(group: list[ClientId], forward: Forward, fits: dict[ClientId, Fit] = fits) -> list[Fitted]:
+            return fit([fits[c] for c in group], [randoms(c) for c in group], forward, workers.device, workers.flops)
+
+        for group, results in zip(groups, workers.map(train, groups, dropout), strict=True):
+            done |= dict(zip(group, results, strict=True))
+    predicts = {c: a for c, a in asks.items() if isinstance(a, Predict)}
+    pieces = [(c, rows) for c, ask in predicts.items() for rows in _cut(ask)]
+
+    def judge(piece: tuple[ClientId, np.ndarray], forward: Forward) -> Tree:
+        return _outputs(predicts[piece[0]], piece[1], forward, workers.device)
+
+    parts: dict[ClientId, list[tuple[np.ndarray, Tree]]] = {c: [] for c in predicts}
+    for (client, rows), outputs in zip(pieces, workers.map(judge, pieces), strict=True):
+        parts[client].append((rows, outputs))
+    return done | {c: _ordered(found) for c, found in parts.items()}
+
+
+def drive(flows: Mapping[ClientId, Flow], answer: Callable[[dict[ClientId, Ask]], Answers]) -> dict[ClientId, Any]:
+    """Advance all flows to their next ask, answer the asks together, until each has returned (own state, reply)."""
+    done: dict[ClientId, tuple[Tree | None, Message]] = {}
+    answers: Answers = {client: None for client in flows}
+    while answers:
+        asks: dict[ClientId, Ask] = {}
+        for client, result in answers.items():
+            try:
+                asks[client] = flows[client].send(result)
+            except StopIteration as end:
+                done[client] = end.value
+        answers = answer(asks) if asks else {}
+    return done
+
+
+def grouped(fits: Mapping[ClientId, Fit], size: int, workers: int) -> list[list[ClientId]]:
+    """Clients whose Fits can be stacked, in groups of equal amounts of work.
+
+    The choice is a rule on sizes, not on timings, so that the same run always has the same bits: about TOKENS tokens a step,
+    neighbours in number of steps and in length together. A group of one is trained without a client axis.
+    """
+    keyed: dict[Any, list[ClientId]] = {}
+    for client, ask in fits.items():
+        alike = (ask.loss, ask.plan, signature(ask.params), signature(ask.aux), ask.optimizer.get("step"))
+        keyed.setdefault(alike, []).append(client)
+    groups: list[list[ClientId]] = []
+    for clients in keyed.values():
+        means = {c: float(np.mean(fits[c].data.lengths)) if len(fits[c].data) else 1.0 for c in clients}
+        clients = sorted(clients, key=lambda c: (len(fits[c].data), means[c], c))
+        tokens = fits[clients[0]].plan.batch * max(1.0, sum(means.values()) / len(means))
+        # Stacking is for small trees on a frozen backbone: with weights of their own, clients share no arithmetic.
+        small = numel(fits[clients[0]].params) <= LARGE
+        largest = size or (max(1, int(TOKENS // tokens)) if small else 1)
+        # As many groups as workers need to stay busy to the end.
+        count = -(-len(clients) // largest)
+        count = min(len(clients), -(-count // workers) * workers)
+        cuts = np.linspace(0, len(clients), count + 1).round().astype(int)
+        groups += [clients[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    return groups
+
+
+def _cut(ask: Predict) -> list[np.ndarray]:
+    """The rows in batches of about PREDICTED tokens, like lengths together."""
+    lengths = np.asarray(ask.data.lengths)
+    order = np.argsort(-lengths, kind="stable")
+    out: list[np.ndarray] = []
+    while len(order):
+        size = max(1, min(256, PREDICTED // max(1, int(lengths[order[0]]))))
+        out.append(order[:size])
+        order = order[size:]
+    return out
+
+
+@torch.no_grad()
+def _outputs(ask: Predict, rows: np.ndarray, forward: Forward, device: str) -> Tree:
+    width = int(np.asarray(ask.data.lengths)[rows].max())
+    batch = {k: v.to(device) for k, v in ask.data.batch(rows.tolist(), width, len(rows)).items()}
+    params = tree_map(lambda t: t.to(device), ask.params)
+    return {k: v.cpu() for k, v in ask.fn(forward, params, batch).items()}
+
+
+def _ordered(parts: Sequence[tuple[np.ndarray, Tree]]) -> Tree:
+    """The outputs of all batches, back in the data's order."""
+    if not parts:
+        return {}
+    back = torch.from_numpy(np.argsort(np.concatenate([rows for rows, _ in parts])))
+    return {k: torch.cat([tree[k] for _, tree in parts])[back] for k in parts[0][1]}

@@ -1,0 +1,243 @@
+"""The local engine: one process, many clients, simulated devices and network, real messages."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fedtailor import wire
+from fedtailor.core import SERVER, Algorithm, Ask, ClientId, Fitted, Letters, Message, Site, Talk, Tree, seed_of, stream
+from fedtailor.engines.answering import Workers, answer, drive
+from fedtailor.engines.clock import is_lost, seconds
+from fedtailor.engines.states import States
+from fedtailor.errors import RunError
+from fedtailor.filters import Filter
+from fedtailor.ledger import Ledger
+from fedtailor.trees import is_finite, nbytes
+
+SPOOL = 1 << 20
+"""Bytes from which a reply waits on disk instead of in memory."""
+WAVE = 32
+"""Clients whose handlers are open at a time; large trees go in smaller waves."""
+
+
+class Reply(NamedTuple):
+    """A reply on its way: it arrives when the virtual clock says so."""
+
+    arrives: float
+    client: ClientId
+    message: Message
+
+
+class Local:
+    """Holds conversations. What it carries from round to round (clock, replies under way) is `dump`ed into checkpoints."""
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        sites: Callable[[ClientId, int], Site],
+        workers: Workers,
+        states: States,
+        ledger: Ledger,
+        up: Filter,
+        down: Filter,
+        seed: int = 0,
+        stacked: bool = True,
+        deadline: float = 0.0,
+        notice: Callable[[str], None] = lambda line: None,
+        progress: Callable[[ClientId], None] = lambda client: None,
+    ) -> None:
+        self.algorithm, self.sites, self.workers, self.states, self.ledger = algorithm, sites, workers, states, ledger
+        self.up, self.down, self.seed, self.stacked, self.deadline = up, down, seed, stacked, deadline
+        self.notice, self.progress = notice, progress
+        self.clock = 0.0
+        self.under_way: dict[ClientId, Reply] = {}
+        self._steps = 0  # yields since the round began: part of what names a letter
+        self._spool = tempfile.TemporaryDirectory(prefix="fedtailor-")
+
+    def converse(self, talk: Talk, round: int, sites: Callable[[ClientId, int], Site] | None = None) -> Any:
+        """Drive a conversation to its end and return its value.
+
+        With `sites` it is an evaluation among those sites: nothing is filtered, charged to the ledger, lost or late.
+        """
+        self._steps = 0
+        inbox: dict[ClientId, Message] | None = None
+        while True:
+            try:
+                letters = talk.send(inbox) if inbox is not None else next(talk)
+            except StopIteration as end:
+                return end.value
+            if not isinstance(letters, Letters):
+                letters = Letters(letters)
+            self._steps += 1
+            if sites is not None:
+                inbox = {r.client: r.message for r in self._work(letters.to, round, sites, free=True)}
+            else:
+                inbox = self._exchange(letters, round)
+
+    def _exchange(self, letters: Letters, round: int) -> dict[ClientId, Message]:
+        sent = self.clock
+        for reply in self._work(letters.to, round, self.sites, free=False):
+            self.under_way[reply.client] = reply
+        if letters.wait == "any":
+            if not self.under_way:
+                return {}
+            self.clock = max(self.clock, min(reply.arrives for reply in self.under_way.values()))
+            return self._take(lambda reply: reply.arrives <= self.clock)
+        awaited = {c: self.under_way[c] for c in letters.to if c in self.under_way}
+        limit = sent + self.deadline if self.deadline else float("inf")
+        late = [c for c, reply in awaited.items() if reply.arrives > limit]
+        for client in late:
+            del self.under_way[client]
+        if late or len(awaited) < len(letters.to):
+            missing = sorted(set(letters.to) - set(awaited) | set(late))
+            self.notice(f"round {round}: no reply in time from {', '.join(missing)}")
+        arrivals = [reply.arrives for c, reply in awaited.items() if c not in late]
+        # The server cannot know that a reply is lost: it waits until the deadline, where there is one.
+        self.clock = limit if self.deadline and len(arrivals) < len(letters.to) else max(arrivals, default=sent)
+        return self._take(lambda reply: reply.client in letters.to)
+
+    def _take(self, wanted: Callable[[Reply], bool]) -> dict[ClientId, Message]:
+        taken = {c: self.under_way[c] for c in sorted(self.under_way) if wanted(self.under_way[c])}
+        for client in taken:
+            del self.under_way[client]
+        return {client: reply.message for client, reply in taken.items()}
+
+    def _work(
+        self, letters: Mapping[ClientId, Message], round: int, sites: Callable[[ClientId, int], Site], free: bool
+    ) -> Iterator[Reply]:
+        """Deliver letters, let the clients work in waves, and give their replies; `free`: nothing is charged or lost."""
+        opened: dict[Any, tuple[int, Message]] = {}
+        wave: list[ClientId] = []
+        for client in sorted(letters):
+            message = letters[client]
+            if message.verb not in self.algorithm.client:
+                raise RunError(f"letter with verb '{message.verb}', which no client handler answers")
+            # One broadcast is encoded and decoded once; what everybody received stays one object (and is stacked as one).
+            key = (message.verb, id(message.body), tuple(message.info.items()))
+            if key not in opened:
+                opened[key] = self._carry(message, free)
+            size, _ = opened[key]
+            site = sites(client, round)
+            charged = not free and client != SERVER
+            if charged:
+                self.ledger.add(client, letters=1, bytes_down=size)
+            if charged and is_lost(site.device, self.seed, client, round, self._steps):
+                self.progress(client)
+                continue
+            wave.append(client)
+            if len(wave) >= self._wave(message):
+                yield from self._wave_of(wave, letters, opened, round, sites, free)
+                wave = []
+        if wave:
+            yield from self._wave_of(wave, letters, opened, round, sites, free)
+
+    def _wave(self, message: Message) -> int:
+        return WAVE if nbytes(message.body) < 16 * SPOOL else self.workers.count
+
+    def _carry(self, message: Message, free: bool) -> tuple[int, Message]:
+        if free:
+            return 0, message
+        blob = wire.encode(self.down.apply(message, {})[0])
+        return len(blob), self.down.undo(wire.decode(blob))
+
+    def _wave_of(
+        self,
+        clients: list[ClientId],
+        letters: Mapping[ClientId, Message],
+        opened: Mapping[Any, tuple[int, Message]],
+        round: int,
+        sites: Callable[[ClientId, int], Site],
+        free: bool,
+    ) -> Iterator[Reply]:
+        flows, stored, arrived = {}, {}, {}
+        for client in clients:
+            message = letters[client]
+            arrived[client] = opened[(message.verb, id(message.body), tuple(message.info.items()))]
+            stored[client] = self.states.read_own(client)
+            own = stored[client].get("algorithm")
+            flows[client] = self.algorithm.client[message.verb](own, arrived[client][1], sites(client, round))
+        spent = dict.fromkeys(clients, 0.0)
+        asked = dict.fromkeys(clients, 0)
+
+        def answered(asks: dict[ClientId, Ask]) -> dict[ClientId, Any]:
+            for client in asks:
+                asked[client] += 1
+
+            def random(client: ClientId) -> torch.Generator:
+                return stream(self.seed, "fit", client, round, self._steps, asked[client])
+
+            results = answer(asks, self.workers, random, self.stacked)
+            for client, result in results.items():
+                if isinstance(result, Fitted):
+                    spent[client] += result.seen["flops"]
+            return results
+
+        for client, (own, reply) in sorted(drive(flows, answered).items()):
+            if free:
+                yield Reply(self.clock, client, reply)
+                continue
+            yield from self._reply(client, own, reply, stored[client], arrived[client][0], spent[client], sites(client, round))
+
+    def _reply(
+        self, client: ClientId, own: Tree | None, reply: Message, stored: Tree, down: int, flops: float, site: Site
+    ) -> Iterator[Reply]:
+        self.progress(client)
+        if client == SERVER:
+            self._keep(client, own, {})
+            yield Reply(self.clock, client, reply)
+            return
+        if not is_finite(reply.body):
+            self.notice(f"round {site.round}: {client} set aside: its reply is not finite (lower train.lr or set train.clip)")
+            return
+        filtered, memory = self.up.apply(reply, stored.get("filter", {}))
+        self._keep(client, own, memory)
+        size, message = self._spooled(client, filtered)
+        took = seconds(site.device, down, flops, size)
+        self.ledger.add(
+            client, replies=1, bytes_up=size, flops=flops, simulated_seconds=took, examples=float(reply.info.get("n", 0))
+        )
+        yield Reply(self.clock + took, client, message)
+
+    def _keep(self, client: ClientId, own: Tree | None, memory: Tree) -> None:
+        kept: Tree = {}
+        if own is not None:
+            kept["algorithm"] = own
+        if memory:
+            kept["filter"] = memory
+        self.states.write_own(client, kept)
+
+    def _spooled(self, client: ClientId, filtered: Message) -> tuple[int, Message]:
+        """(bytes on the wire, the message as the server reads it): large ones on disk, tensor by tensor."""
+        if nbytes(filtered.body) < SPOOL:
+            blob = wire.encode(filtered)
+            return len(blob), self.up.undo(wire.decode(blob))
+        path = Path(self._spool.name) / f"{seed_of(0, client)}.safetensors"
+        size = wire.write(filtered, path)
+        undone = self.up.undo(wire.read(path)) if filtered.body else filtered
+        wire.write(undone, path)
+        return size, wire.read(path, lazy=True)
+
+    def dump(self) -> Tree:
+        """What must survive a kill between rounds."""
+        return {
+            "clock": self.clock,
+            "under_way": {
+                c: {"arrives": r.arrives, "verb": r.message.verb, "info": dict(r.message.info), "body": r.message.body}
+                for c, r in self.under_way.items()
+            },
+        }
+
+    def load(self, dumped: Tree) -> None:
+        self.clock = float(dumped["clock"])
+        self.under_way = {
+            c: Reply(float(r["arrives"]), c, Message(r["verb"], r["body"], r["info"])) for c, r in dumped["under_way"].items()
+        }
+
+    def close(self) -> None:
+        self.workers.close()
+        self._spool.cleanup()

@@ -1,0 +1,118 @@
+"""State that survives a kill at any byte: new files beside the old ones, then one atomic manifest, then the clean-up."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from fedtailor import wire
+from fedtailor.core import ClientId, Message, Tree
+from fedtailor.errors import RunError
+
+MANIFEST = "checkpoint.json"
+
+
+class States:
+    """Server state, every client's own state, and what the engine carries, in one folder.
+
+    A client's own state lies on disk while the client is idle. `write_own` never overwrites a file that the manifest names.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.own: dict[ClientId, str] = {}
+        self.digests: dict[str, str] = {}
+        self._count = 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def read_own(self, client: ClientId) -> Tree:
+        """{} for a client that has no state yet."""
+        return dict(self._read(self.own[client]).body) if client in self.own else {}
+
+    def write_own(self, client: ClientId, own: Tree) -> None:
+        if not own:
+            return
+        self.own[client] = self._write(f"own-{client}", own)
+
+    def commit(self, round: int, server: Tree, engine: Tree, ledger: dict[str, Any]) -> None:
+        """Make (round, server state, engine state, all own states) the checkpoint."""
+        manifest = {
+            "round": round,
+            "server": self._write("server", server),
+            "engine": self._write("engine", engine),
+            "own": self.own,
+            "ledger": ledger,
+            "count": self._count,
+        }
+        named = {manifest["server"], manifest["engine"], *self.own.values()}
+        manifest["digests"] = self.digests = {name: self.digests[name] for name in sorted(named)}
+        text = json.dumps(manifest, sort_keys=True)
+        body = json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "manifest": text})
+        wire.atomically(self.folder / MANIFEST, lambda path: path.write_text(body, encoding="utf-8"))
+        self._sweep(named)
+
+    def resume(self) -> tuple[int, Tree, Tree, dict[str, Any]] | None:
+        """(round, server state, engine state, ledger) of the last checkpoint, or None where there is none.
+
+        Raises:
+            RunError: a file of the checkpoint is missing or altered.
+        """
+        path = self.folder / MANIFEST
+        if not path.is_file():
+            self._sweep(set())
+            return None
+        try:
+            outer = json.loads(path.read_text(encoding="utf-8"))
+            text = outer["manifest"]
+            intact = hashlib.sha256(text.encode()).hexdigest() == outer["sha256"]
+            manifest = json.loads(text)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise RunError(f"{path}: corrupt checkpoint ({type(error).__name__}): start afresh with another --out") from error
+        if not intact:
+            raise RunError(f"{path}: corrupt checkpoint (its sum does not match): start afresh with another --out")
+        self.own, self.digests, self._count = manifest["own"], manifest["digests"], manifest["count"]
+        self._sweep({manifest["server"], manifest["engine"], *self.own.values()})
+        server, engine = self._read(manifest["server"]).body, self._read(manifest["engine"]).body
+        for name in self.own.values():
+            self._verify(name)
+        return manifest["round"], server, engine, manifest["ledger"]
+
+    def hash(self, server: Tree) -> str:
+        """sha256 over the server state and every client's own state: equal runs have equal ones."""
+        digest = hashlib.sha256(wire.encode(Message("state", server)))
+        for client in sorted(self.own):
+            digest.update(client.encode() + bytes.fromhex(self.digests[self.own[client]]))
+        return digest.hexdigest()
+
+    def _write(self, stem: str, tree: Tree) -> str:
+        self._count += 1
+        name = f"{stem}-{self._count:08d}.safetensors"
+        try:
+            wire.write(Message("state", tree), self.folder / name)
+        except OSError as error:
+            raise RunError(f"{self.folder}: cannot write state ({error.strerror}): free space, then --resume") from error
+        self.digests[name] = _digest(self.folder / name)
+        return name
+
+    def _read(self, name: str) -> Message:
+        self._verify(name)
+        return wire.read(self.folder / name)
+
+    def _verify(self, name: str) -> None:
+        path = self.folder / name
+        if not path.is_file() or _digest(path) != self.digests.get(name):
+            raise RunError(f"{path}: corrupt checkpoint (missing or altered): start afresh with another --out")
+
+    def _sweep(self, named: set[str]) -> None:
+        for path in self.folder.glob("*.safetensors"):
+            if path.name not in named:
+                path.unlink(missing_ok=True)
+        for path in self.folder.glob(".writing-*"):
+            path.unlink(missing_ok=True)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

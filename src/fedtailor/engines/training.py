@@ -1,0 +1,161 @@
+"""The one training loop: a client alone, or many clients stacked along a leading axis over one resident backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from fedtailor import optimizers
+from fedtailor.core import Fit, Fitted, Forward, Tree
+from fedtailor.engines.batches import batches
+from fedtailor.trees import tensors, tree_map, unstack
+
+Flops = Callable[[int, int], float]
+"""(rows, width) -> floating-point operations of one training step, forward and backward."""
+
+
+def no_flops(rows: int, width: int) -> float:
+    return 0.0
+
+
+def fit(
+    asks: Sequence[Fit],
+    randoms: Sequence[torch.Generator],
+    forward: Forward,
+    device: str = "cpu",
+    flops: Flops = no_flops,
+    stacked: bool | None = None,
+) -> list[Fitted]:
+    """Train the asks' params, each on its own data, with its own steps, batches and optimiser.
+
+    Asks must agree in loss, plan and signature. One ask runs without the client axis unless `stacked` says otherwise; more are
+    one call of `vmap` a step. Clients with fewer steps leave the stack when they are done (they stand last), rows and tokens
+    that a client lacks are padding without a label.
+    """
+    many = len(asks) > 1 if stacked is None else stacked
+    plan, loss = asks[0].plan, asks[0].loss
+    todo = [batches(plan, ask.data.lengths, random) for ask, random in zip(asks, randoms, strict=True)]
+    order = sorted(range(len(asks)), key=lambda i: -len(todo[i]))  # stable: ties stay in client order
+    lengths = [np.asarray(ask.data.lengths) for ask in asks]
+    out: list[Fitted | None] = [None] * len(asks)
+
+    params, aux, state = _gather([asks[i] for i in order], many, device)
+    leaves = _leaves(params)
+    state = state or optimizers.fresh(plan, leaves)
+    sums = torch.zeros(len(asks), dtype=torch.float64)
+    spent = [0.0] * len(asks)
+    if plan.dropout:
+        # One stream for the group: with dropout, stacked training draws masks of its own.
+        torch.manual_seed(int(torch.randint(2**62, (), generator=randoms[order[0]])))
+
+    active = len(order)
+    for step in range(len(todo[order[0]]) + 1):
+        staying = sum(len(todo[i]) > step for i in order)
+        if staying < active:
+            for place in range(staying, active):
+                i = order[place]
+                out[i] = _finished(params, state, place if many else None, len(todo[i]), asks[i], float(sums[i]), spent[i])
+            active = staying
+            if active == 0:
+                break
+            params, aux, state = (_first(t, active) if many else t for t in (params, aux, state))
+            leaves = _leaves(params)
+        now = order[:active]
+        rows = [todo[i][step] for i in now]
+        own = [int(lengths[i][r].max()) for i, r in zip(now, rows, strict=True)]
+        width, size = max(own), max(len(r) for r in rows)
+        parts = [asks[i].data.batch(r, width, size) for i, r in zip(now, rows, strict=True)]
+        batch = {k: (torch.stack([p[k] for p in parts]) if many else parts[0][k]).to(device) for k in parts[0]}
+        values = _losses(loss, forward, params, batch, aux, many)
+        values.sum().backward()
+        if plan.clip:
+            optimizers.clip(leaves, plan.clip, many)
+        rates = [optimizers.learning_rate(plan, step, len(todo[i])) for i in now]
+        same = len(set(rates)) == 1
+        optimizers.apply(plan, leaves, state, rates[0] if same else torch.tensor(rates, device=device))
+        for p in leaves.values():
+            p.grad = None
+        sums[now] += values.detach().double().cpu().reshape(-1)
+        for i, r, w in zip(now, rows, own, strict=True):
+            spent[i] += flops(len(r), w)
+    return [done for done in out if done is not None]
+
+
+def _losses(loss: Any, forward: Forward, params: Tree, batch: dict[str, Tensor], aux: Tree, many: bool) -> Tensor:
+    """(clients,) losses, or a scalar for one client."""
+    if not many:
+        return loss(forward, params, batch, aux)  # type: ignore[no-any-return]
+    axes = tree_map(lambda t: 0, aux) if aux else {}
+    shared = aux.get(_SHARED, {})
+    own = {k: v for k, v in aux.items() if k != _SHARED}
+    axes = tree_map(lambda t: 0, own)
+
+    def one(p: Tree, b: Tree, a: Tree) -> Tensor:
+        return loss(forward, p, b, {**a, **shared})  # type: ignore[no-any-return]
+
+    return vmap(one, in_dims=(0, 0, axes), randomness="different")(params, batch, own)  # type: ignore[no-any-return]
+
+
+_SHARED = "\x00shared"
+
+
+def _gather(asks: Sequence[Fit], many: bool, device: str) -> tuple[Tree, Tree, Tree]:
+    """(params, aux, optimiser state) of these asks on the device, stacked where there are many; params are fresh leaves."""
+    if not many:
+        params = tree_map(lambda t: t.detach().to(device, copy=True), asks[0].params)
+        state = tree_map(lambda t: t.to(device, copy=True), asks[0].optimizer)
+        return _trained(params), tree_map(lambda t: t.to(device), asks[0].aux), state
+    params = tree_map(lambda *ts: torch.stack(ts).to(device), asks[0].params, *(a.params for a in asks[1:]))
+    aux: Tree = {}
+    shared: Tree = {}
+    for name, first in asks[0].aux.items():
+        values = [ask.aux[name] for ask in asks]
+        # What everybody received is one object: it stays one, without a client axis.
+        if all(v is first for v in values):
+            shared[name] = tree_map(lambda t: t.to(device), first) if isinstance(first, dict) else first.to(device)
+        elif isinstance(first, dict):
+            aux[name] = tree_map(lambda *ts: torch.stack(ts).to(device), first, *values[1:])
+        else:
+            aux[name] = torch.stack(values).to(device)
+    if shared:
+        aux[_SHARED] = shared
+    states = [ask.optimizer for ask in asks]
+    state = tree_map(lambda *ts: torch.stack(ts).to(device), states[0], *states[1:]) if states[0] else {}
+    return _trained(params), aux, state
+
+
+def _trained(params: Tree) -> Tree:
+    return tree_map(lambda t: t.requires_grad_(t.is_floating_point()), params)
+
+
+def _leaves(params: Tree) -> dict[str, Tensor]:
+    return {path: t for path, t in tensors(params) if t.requires_grad}
+
+
+def _first(tree: Tree, active: int) -> Tree:
+    """The first clients of a stacked tree, as leaves of their own."""
+    out: Tree = {}
+    for name, value in tree.items():
+        if name == _SHARED:
+            out[name] = value
+        elif isinstance(value, dict):
+            out[name] = _first(value, active)
+        elif isinstance(value, Tensor):
+            out[name] = value.detach()[:active].clone().requires_grad_(value.requires_grad)
+        else:
+            out[name] = value
+    return out
+
+
+def _finished(params: Tree, state: Tree, place: int | None, steps: int, ask: Fit, total: float, flops: float) -> Fitted:
+    def own(tree: Tree) -> Tree:
+        plain = tree_map(lambda t: t.detach(), tree)
+        return tree_map(lambda t: t.cpu(), plain if place is None else unstack(plain, place))
+
+    seen = {"n": float(len(ask.data)), "steps": float(steps), "loss": total / max(steps, 1), "flops": flops}
+    return Fitted(own(params), seen, own(state))

@@ -1,0 +1,78 @@
+"""Losses: module level, pure, `loss(forward, params, batch, aux) -> scalar`. Equal losses are stacked over clients."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedtailor.core import Batch, Forward, Loss, Tree
+from fedtailor.data.examples import IGNORED
+
+
+def masked_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the labels that are not IGNORED, and 0 where there is none (a padding batch must not give NaN).
+
+    Shapes: logits (n, classes), labels (n,).
+    """
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    return total / (labels != IGNORED).sum().clamp_min(1)
+
+
+def classification(forward: Forward, params: Tree, batch: Batch, aux: Tree) -> Tensor:
+    """Cross entropy of the class labels."""
+    return masked_cross_entropy(forward(params, batch), batch["labels"])
+
+
+def language(forward: Forward, params: Tree, batch: Batch, aux: Tree) -> Tensor:
+    """Next-token cross entropy over the labels that count (for instructions: those of the response)."""
+    logits, labels = next_tokens(forward(params, batch), batch["labels"])
+    return masked_cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def next_tokens(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (batch, soft prompt + time, vocabulary) and labels (batch, time) -> both (batch, time - 1, ...), aligned."""
+    return logits[:, -labels.shape[1] : -1], labels[:, 1:]
+
+
+def proximal(base: Loss, mu: float) -> Loss:
+    """base + mu/2 ||params - anchor||^2, the anchor in `aux` (FedProx, arXiv 1812.06127). mu = 0 is base itself."""
+    return _Proximal(base, mu) if mu else base
+
+
+def shifted(base: Loss) -> Loss:
+    """base + <params, shift>, the shift in `aux`: its gradient is that of base plus the shift (SCAFFOLD's correction)."""
+    return _Shifted(base)
+
+
+class _Wrapped(tuple[object, ...]):
+    """A loss with parameters as a value: two with equal parameters are equal, so their asks are stacked together."""
+
+    def __new__(cls, *parts: object) -> _Wrapped:
+        return super().__new__(cls, (cls, *parts))
+
+
+class _Proximal(_Wrapped):
+    def __call__(self, forward: Forward, params: Tree, batch: Batch, aux: Tree) -> Tensor:
+        _, base, mu = self
+        anchor = aux["anchor"]
+        distance = sum((params[n] - anchor[n]).square().sum() for n in params if isinstance(params[n], Tensor))
+        return base(forward, params, batch, aux) + 0.5 * mu * distance  # type: ignore[operator,no-any-return]
+
+
+class _Shifted(_Wrapped):
+    def __call__(self, forward: Forward, params: Tree, batch: Batch, aux: Tree) -> Tensor:
+        _, base = self
+        shift = aux["shift"]
+        linear = sum((params[n] * shift[n]).sum() for n in shift)
+        return base(forward, params, batch, aux) + linear  # type: ignore[operator,no-any-return]
+
+
+def tail_norms(params: Tree, pairs: dict[str, tuple[str, str]], start: int) -> Tensor:
+    """sum over LoRA modules of ||B[:, start:]||_F ||A[start:, :]||_F: what the last ranks still carry (HetLoRA)."""
+    total = torch.zeros(())
+    for name_a, name_b in pairs.values():
+        a, b = params[name_a][start:], params[name_b][:, start:]
+        # The square root of 0 has no gradient: B starts at 0.
+        total = total + (b.square().sum() * a.square().sum() + 1e-12).sqrt()
+    return total

@@ -1,0 +1,126 @@
+"""Metrics as sums: a client tallies its own rows, the server adds tallies and takes the value; no prediction travels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedtailor.core import Batch, Forward, Tree
+from fedtailor.data.examples import IGNORED
+from fedtailor.losses import next_tokens
+from fedtailor.trees import add
+
+
+class Metric(NamedTuple):
+    name: str
+    judge: Callable[[Forward, Tree, Batch], Tree]  # a batch -> outputs, one row an example
+    tally: Callable[[Tree], Tree]  # outputs of many examples -> sums
+    value: Callable[[Tree], float]  # sums -> the metric
+    better: Callable[[float, float], bool] = float.__gt__
+
+
+def judge_classes(forward: Forward, params: Tree, batch: Batch) -> Tree:
+    """Rows of {nll, predicted, label}."""
+    logits, labels = forward(params, batch), batch["labels"]
+    nll = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+    return {"nll": nll, "predicted": logits.argmax(-1), "label": labels}
+
+
+def judge_tokens(forward: Forward, params: Tree, batch: Batch) -> Tree:
+    """Rows of {nll (sum over the tokens that count), tokens, hits}."""
+    logits, labels = next_tokens(forward(params, batch), batch["labels"])
+    nll = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none").sum(1)
+    counted = labels != IGNORED
+    hits = ((logits.argmax(-1) == labels) & counted).sum(1)
+    return {"nll": nll, "tokens": counted.sum(1), "hits": hits}
+
+
+def scores(forward: Forward, params: Tree, batch: Batch) -> Tree:
+    """Rows of class probabilities, for `predict`."""
+    return {"scores": forward(params, batch).softmax(-1)}
+
+
+def _tally_accuracy(outputs: Tree) -> Tree:
+    return {
+        "n": torch.tensor(len(outputs["label"])),
+        "nll": outputs["nll"].double().sum(),
+        "correct": (outputs["predicted"] == outputs["label"]).sum(),
+    }
+
+
+def _tally_confusion(outputs: Tree, classes: int) -> Tree:
+    """Also counts[label, predicted], (classes, classes)."""
+    flat = torch.bincount(outputs["label"] * classes + outputs["predicted"], minlength=classes * classes)
+    return {**_tally_accuracy(outputs), "confusion": flat.view(classes, classes)}
+
+
+def _tally_tokens(outputs: Tree) -> Tree:
+    return {
+        "n": torch.tensor(len(outputs["tokens"])),
+        "nll": outputs["nll"].double().sum(),
+        "tokens": outputs["tokens"].sum(),
+        "correct": outputs["hits"].sum(),
+    }
+
+
+def accuracy(sums: Tree) -> float:
+    return float(sums["correct"] / sums["n"])
+
+
+def f1(sums: Tree) -> float:
+    """F1 of class 1 of two."""
+    return _f1_of(sums["confusion"], 1)
+
+
+def macro_f1(sums: Tree) -> float:
+    """Mean F1 over the classes that occur."""
+    confusion = sums["confusion"]
+    present = [k for k in range(len(confusion)) if confusion[k].sum() + confusion[:, k].sum() > 0]
+    return sum(_f1_of(confusion, k) for k in present) / len(present)
+
+
+def _f1_of(confusion: Tensor, k: int) -> float:
+    hit, given, true = confusion[k, k], confusion[:, k].sum(), confusion[k].sum()
+    return float(2 * hit / (given + true).clamp_min(1))
+
+
+def matthews(sums: Tree) -> float:
+    """Matthews correlation, its multi-class form; 0 where it is not defined."""
+    c = sums["confusion"].double()
+    predicted, true, right, total = c.sum(0), c.sum(1), c.trace(), c.sum()
+    above = right * total - (predicted * true).sum()
+    below = ((total**2 - predicted.square().sum()) * (total**2 - true.square().sum())).sqrt()
+    return float(above / below) if below > 0 else 0.0
+
+
+def perplexity(sums: Tree) -> float:
+    return math.exp(min(mean_loss(sums), 700.0))
+
+
+def mean_loss(sums: Tree) -> float:
+    """Mean loss an example, or a token for language models."""
+    return float(sums["nll"] / sums.get("tokens", sums["n"]).clamp_min(1))
+
+
+def metric(name: str, kind: str, classes: int) -> Metric:
+    """The metric for data of this kind; "auto" is accuracy for classes and perplexity for language."""
+    if kind in ("language", "instruction"):
+        return Metric("perplexity", judge_tokens, _tally_tokens, perplexity, float.__lt__)
+    if name in ("auto", "accuracy"):
+        return Metric("accuracy", judge_classes, _tally_accuracy, accuracy)
+    values = {"f1": f1, "macro_f1": macro_f1, "matthews": matthews}
+    return Metric(name, judge_classes, partial(_tally_confusion, classes=classes), values[name])
+
+
+def total(tallies: Iterable[Tree]) -> Tree:
+    """The sum of tallies, in the order given."""
+    result: Tree = {}
+    for tally in tallies:
+        result = add(result, tally) if result else dict(tally)
+    return result

@@ -1,0 +1,21 @@
+"""Techniques: how a small tree of tensors bends the frozen backbone. `TECHNIQUES` is the one registry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from fedtailor.techniques.base import Technique
+from fedtailor.techniques.full import full
+from fedtailor.techniques.peft import head, ia3, lora, peft, prefix, prompt
+
+TECHNIQUES: Mapping[str, Callable[..., Technique]] = {
+    "full": full,
+    "head": head,
+    "ia3": ia3,
+    "lora": lora,
+    "peft": peft,
+    "prefix": prefix,
+    "prompt": prompt,
+}
+
+__all__ = ["TECHNIQUES", "Technique"]

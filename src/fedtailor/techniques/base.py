@@ -1,0 +1,77 @@
+"""What a technique is, and the one forward function that all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedtailor.backbone import Backbone, fork
+from fedtailor.core import Batch, Forward, Tree
+
+DELTA = "delta"
+"""In a tree: unscaled B A products by module, merged into the frozen weights (what FLoRA and FedEx leave behind)."""
+
+
+class Technique(NamedTuple):
+    kind: str
+    backbone: Backbone
+    init: Tree  # the initial trained tree, float32 on the CPU
+    resized: Callable[[int], Tree]  # the initial tree at another rank or length
+    bind: Callable[[bool], Forward]  # a forward on modules of its own (one a thread), tensors shared; argument: dropout
+    save: Callable[[Tree, Path], None]  # write the folder that PEFT (or transformers) loads
+    merge: Callable[[Tree, Path], None]  # write a plain transformers folder
+    scaling: float = 1.0  # LoRA's alpha / r, the same at every rank
+
+
+def binder(
+    model: nn.Module,
+    paths: Mapping[str, str],
+    scaling: float = 1.0,
+    around: Callable[[nn.Module, Tree], AbstractContextManager[None]] | None = None,
+) -> Callable[[bool], Forward]:
+    """`Technique.bind` for a prepared model.
+
+    Args:
+        paths: name in the tree -> name of the parameter that it replaces.
+        around: entered with (the thread's own modules, params) for each forward: prefixes and their lengths.
+    """
+    deltas = {name[: -len(".lora_A.weight")] for name in paths if name.endswith(".lora_A.weight")}
+
+    def bind(dropout: bool = False) -> Forward:
+        own = fork(model).train(dropout)
+        dtype = next(model.parameters()).dtype
+        bases = {module: f"{module}.base_layer.weight" for module in deltas}
+        tensors = dict(own.named_parameters()) if bases else {}
+
+        def forward(params: Tree, batch: Batch) -> Tensor:
+            swapped = {path: params[name].to(dtype) for name, path in paths.items() if name in params}
+            for module, delta in params.get(DELTA, {}).items():
+                frozen = tensors[bases[module]]
+                change = (scaling * delta).to(dtype)
+                # GPT-2's Conv1D keeps (d_in, d_out) where Linear keeps (d_out, d_in).
+                swapped[bases[module]] = frozen + (change if _is_linear(own, bases[module]) else change.mT)
+            inputs = {k: v for k, v in batch.items() if k != "labels"}
+            if "pixel_values" in inputs:
+                inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+            with around(own, params) if around else nullcontext():
+                return functional_call(own, swapped, (), inputs).logits.float()
+
+        return forward
+
+    return bind
+
+
+def _is_linear(model: nn.Module, weight: str) -> bool:
+    return isinstance(model.get_submodule(weight.rpartition(".")[0]), nn.Linear)
+
+
+@torch.no_grad()
+def detached(tree: Mapping[str, Tensor]) -> Tree:
+    """Float32 copies on the CPU."""
+    return {name: t.detach().float().cpu().clone() for name, t in tree.items()}

@@ -1,0 +1,290 @@
+"""Every technique that PEFT knows: the adapter is PEFT's own module, the tree has PEFT's saved names, `save` writes what PEFT reads."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fedtailor import attention
+from fedtailor.backbone import Backbone, keys_and_values, quiet
+from fedtailor.core import Tree
+from fedtailor.errors import ConfigError, nearest
+from fedtailor.techniques.base import DELTA, Technique, binder, detached
+from fedtailor.techniques.full import write_folder
+
+TASKS = {"text": "SEQ_CLS", "language": "CAUSAL_LM", "instruction": "CAUSAL_LM"}
+HEADS = ("classifier", "score")
+PROMPT = "prompt_embeddings"  # the saved name of a prefix or a soft prompt
+QUERY_VALUE = {"query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "c_attn", "qkv", "query_key_value", "Wqkv"}
+
+
+def lora(
+    backbone: Backbone,
+    rank: int = 8,
+    alpha: float | None = None,
+    target: list[str] | None = None,
+    dropout: float = 0.0,
+) -> Technique:
+    """LoRA on the query and value projections (or on `target`); alpha is twice the rank unless given; ranks may differ a client."""
+    if rank < 1:
+        raise ConfigError(f"technique.rank must be at least 1 (got {rank})")
+    return peft(
+        backbone,
+        peft_type="LORA",
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules=target or _targets(backbone),
+    )
+
+
+def ia3(backbone: Backbone, target: list[str] | None = None, feedforward: list[str] | None = None) -> Technique:
+    """(IA)^3: a learned scale on keys, values and one feed-forward layer: the fewest parameters of all."""
+    extra = {"target_modules": target, "feedforward_modules": feedforward or []} if target else {}
+    return peft(backbone, peft_type="IA3", **extra)
+
+
+def prompt(backbone: Backbone, length: int = 10) -> Technique:
+    """A soft prompt: `length` learned input embeddings before the text, started from real tokens."""
+    if backbone.kind == "image":
+        raise ConfigError("technique 'prompt' needs a text model: use 'prefix' for images")
+    technique = peft(backbone, peft_type="PROMPT_TUNING", num_virtual_tokens=_length(length))
+    words = backbone.processor(" ".join(backbone.labels) or "answer", add_special_tokens=False)["input_ids"]
+    table = backbone.model.get_input_embeddings().weight.detach().float().cpu()  # type: ignore[operator]
+
+    def sized(size: int) -> Tree:
+        rows = torch.tensor((words * (size // len(words) + 1))[:size])
+        return {**technique.init, PROMPT: table[rows].clone()}
+
+    return technique._replace(kind="prompt", init=sized(length), resized=sized)
+
+
+def prefix(backbone: Backbone, length: int = 10, init: str = "activations") -> Technique:
+    """Learned keys and values before those of every layer (Li & Liang, 2101.00190), materialised: no network on the wire.
+
+    `init`: "activations" starts from the keys and values of real tokens, "random" from PEFT's unit normal noise.
+    """
+    if init not in ("activations", "random"):
+        raise ConfigError(f"technique.init cannot be '{init}': {nearest(init, ['activations', 'random'])}")
+    states, modules = keys_and_values(backbone, _length(length))
+    layers, _, heads, _, dim = states.shape
+    technique = peft(
+        backbone,
+        peft_type="PREFIX_TUNING",
+        num_virtual_tokens=length,
+        num_layers=layers,
+        token_dim=heads * dim,
+        num_attention_heads=heads,
+    )
+
+    def sized(size: int) -> Tree:
+        if init == "random":
+            shape = (size, layers * 2 * heads * dim)
+            return {**technique.init, PROMPT: torch.randn(shape, generator=torch.Generator().manual_seed(0))}
+        found, _ = keys_and_values(backbone, _length(size))
+        # PEFT's layout: one row a virtual token, layer by layer, keys then values.
+        return {**technique.init, PROMPT: found.permute(3, 0, 1, 2, 4).reshape(size, -1).clone()}
+
+    technique = technique._replace(kind="prefix", init=sized(length), resized=sized)
+    if _takes_cache(backbone.model):
+        return technique
+    # No past_key_values here (vision models, DistilBERT): the prefix enters through our attention function.
+    for number, module in enumerate(modules):
+        module.fedtailor_layer = number
+
+    def around(own: nn.Module, params: Tree) -> AbstractContextManager[None]:
+        table = params[PROMPT]
+        return attention.prefixed(table.view(-1, layers, 2, heads, dim).permute(1, 2, 3, 0, 4))
+
+    names = dict(backbone.model.named_parameters())
+    paths = {n: n.removeprefix("base_model.model.") for n in technique.init if n != PROMPT}
+    assert paths.values() <= names.keys(), "a head that the model lacks"
+    return technique._replace(bind=binder(backbone.model, paths, around=around))
+
+
+def head(backbone: Backbone) -> Technique:
+    """Only the classification head. Exported as a LoRA of rank 1 that is zero, because PEFT has no adapter without one."""
+    technique = lora(backbone, rank=1, target=_targets(backbone))
+    inside = {name: value for name, value in technique.init.items() if ".lora_" not in name}
+    if not inside:
+        raise ConfigError("technique 'head' needs a model with a classification head: use 'lora' for language models")
+
+    def whole(tree: Tree) -> Tree:
+        return {**technique.init, **tree}
+
+    return technique._replace(
+        kind="head",
+        init=inside,
+        resized=_fixed,
+        save=lambda tree, folder: technique.save(whole(tree), folder),
+        merge=lambda tree, folder: technique.merge(whole(tree), folder),
+    )
+
+
+def peft(backbone: Backbone, **config: Any) -> Technique:
+    """Any PEFT configuration, verbatim: `peft_type` and its keys, as in PEFT's adapter_config.json."""
+    from peft import PeftType, get_peft_config, get_peft_model, get_peft_model_state_dict
+
+    kinds = [kind.value for kind in PeftType]
+    if config.get("peft_type") not in kinds:
+        raise ConfigError(f"technique.peft_type '{config.get('peft_type')}': {nearest(str(config.get('peft_type')), kinds)}")
+    config = {"task_type": TASKS.get(backbone.kind), **config}
+    heads = [n for n, _ in backbone.model.named_children() if n in HEADS]
+    learns_prompt = config["peft_type"] in ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
+    if backbone.kind == "image" and not learns_prompt:
+        config.setdefault("modules_to_save", heads)
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            # A copy of the modules, not of the tensors: PEFT changes the model that it is given.
+            base = _shallow(backbone.model)
+            wrap = dict(config)
+            if learns_prompt and wrap["task_type"] is None:
+                wrap["task_type"] = "FEATURE_EXTRACTION"  # images: PEFT has no task for them; our attention carries the prefix
+            model = get_peft_model(base, get_peft_config(wrap)).eval()
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(f"technique '{config['peft_type']}' does not fit this model: {str(error).splitlines()[0]}") from error
+    peft_config = model.peft_config["default"]
+    saved = get_peft_model_state_dict(model)
+    paths = _paths(model, saved)
+    if backbone.kind == "image" and learns_prompt:
+        names = [n for n, _ in backbone.model.named_parameters() if n.split(".")[0] in heads]
+        paths |= {f"base_model.model.{n}": f"base_model.{n}" for n in names}
+    parameters = dict(model.named_parameters())
+    initial = detached({name: parameters[path] for name, path in paths.items()})
+    model.requires_grad_(False)
+    scaling = float(peft_config.lora_alpha / peft_config.r) if config["peft_type"] == "LORA" else 1.0
+    if config["peft_type"] == "LORA" and peft_config.use_rslora:
+        scaling = float(peft_config.lora_alpha / peft_config.r**0.5)
+    if learns_prompt:
+        # At inference PEFT takes the table as it is, at any length, instead of looking rows up in it.
+        peft_config.inference_mode = True
+
+    def around(own: nn.Module, params: Tree) -> AbstractContextManager[None]:
+        return _at_length(own, params[PROMPT].shape[0])
+
+    def save(tree: Tree, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        out, own_config = _exportable(tree, initial, peft_config, scaling)
+        own_config.base_model_name_or_path = backbone.source
+        own_config.inference_mode = True
+        own_config.save_pretrained(str(folder))
+        save_file({name: t.contiguous() for name, t in out.items()}, str(folder / "adapter_model.safetensors"), {"format": "pt"})
+        backbone.processor.save_pretrained(str(folder))
+        (folder / "labels.json").write_text(json.dumps(backbone.labels, indent=1), encoding="utf-8")
+
+    def merge(tree: Tree, folder: Path) -> None:
+        from peft import PeftModel
+
+        if not hasattr(model.base_model, "merge_and_unload"):
+            raise ConfigError(f"a {config['peft_type'].lower()} adapter cannot be merged into the weights: export it without --merge")
+        with quiet():
+            import tempfile
+
+            with tempfile.TemporaryDirectory() as temporary:
+                save(tree, Path(temporary))
+                loaded = PeftModel.from_pretrained(copy.deepcopy(backbone.model), temporary)
+                write_folder(backbone, loaded.merge_and_unload(), folder)
+
+    def resized(rank: int) -> Tree:
+        if config["peft_type"] != "LORA":
+            return _fixed(rank)
+        other = peft(backbone, **{**config, "r": rank, "lora_alpha": scaling * rank})
+        return other.init
+
+    around_or_none = around if PROMPT in paths else None
+    bind = binder(model, paths, scaling, around_or_none)
+    return Technique(config["peft_type"].lower(), backbone, initial, resized, bind, save, merge, scaling)
+
+
+def _fixed(size: int) -> Tree:
+    raise ConfigError("clients.ranks is for technique lora, clients.lengths for prefix and prompt: this one has neither")
+
+
+def _length(length: int) -> int:
+    if length < 1:
+        raise ConfigError(f"technique.length must be at least 1 (got {length})")
+    return length
+
+
+def _targets(backbone: Backbone) -> list[str]:
+    """The names of query and value projections of this model.
+
+    Raises:
+        ConfigError: none is found; lists the linear layers there are.
+    """
+    linear = {
+        name.rpartition(".")[2] for name, module in backbone.model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")
+    }
+    found = sorted(linear & QUERY_VALUE)
+    if not found:
+        raise ConfigError(f"technique.target: no query or value projection found; choose among {', '.join(sorted(linear))}")
+    return found
+
+
+def _takes_cache(model: nn.Module) -> bool:
+    import inspect
+
+    inner = getattr(model, getattr(model, "base_model_prefix", ""), model)
+    return any("past_key_values" in inspect.signature(m.forward).parameters for m in (model, inner))
+
+
+def _shallow(model: nn.Module) -> nn.Module:
+    from fedtailor.backbone import fork
+
+    return fork(model)
+
+
+def _paths(model: nn.Module, saved: dict[str, Tensor]) -> dict[str, str]:
+    """PEFT's saved names -> names of the trained parameters that they come from."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    by_memory = {p.data_ptr(): name for name, p in trained.items()}
+    paths = {name: by_memory[t.data_ptr()] for name, t in saved.items() if t.data_ptr() in by_memory}
+    left = [name for name in trained if name not in paths.values()]
+    if PROMPT in saved and len(left) == 1:
+        paths[PROMPT] = left[0]  # PEFT saves a copy of the table
+        left = []
+    if left:
+        raise ConfigError(f"technique: PEFT trains '{left[0]}' but does not save it: it cannot be exchanged; leave that option out")
+    return paths
+
+
+@contextmanager
+def _at_length(own: nn.Module, length: int) -> Iterator[None]:
+    """Clients may differ in prefix length: these modules are the thread's own, so their configuration may be set."""
+    own.peft_config["default"].num_virtual_tokens = length  # type: ignore[index,union-attr]
+    yield
+
+
+def _exportable(tree: Tree, initial: Tree, config: Any, scaling: float) -> tuple[dict[str, Tensor], Any]:
+    """(tensors to save, PEFT's configuration for them): sizes follow the tree, a merged delta becomes extra ranks."""
+    out = {name: tree.get(name, value) for name, value in initial.items()}  # e.g. FFA's A is never sent
+    config = copy.deepcopy(config)
+    if PROMPT in out:
+        config.num_virtual_tokens = out[PROMPT].shape[0]
+    suffix = ".lora_A.weight"
+    modules = [name[: -len(suffix)] for name in out if name.endswith(suffix)]
+    if not modules:
+        return out, config
+    for module, delta in tree.get(DELTA, {}).items():
+        u, s, v = torch.linalg.svd(delta.double(), full_matrices=False)
+        kept = s > s[0] * 1e-7 if s[0] > 0 else torch.zeros_like(s, dtype=torch.bool)
+        root = s[kept].sqrt()
+        b, a = (u[:, kept] * root).float(), (root[:, None] * v[kept]).float()
+        out[module + suffix] = torch.cat([out[module + suffix], a])
+        out[f"{module}.lora_B.weight"] = torch.cat([out[f"{module}.lora_B.weight"], b], 1)
+    rank = max(out[m + suffix].shape[0] for m in modules)
+    for m in modules:
+        a, b = out[m + suffix], out[f"{m}.lora_B.weight"]
+        out[m + suffix] = torch.cat([a, a.new_zeros(rank - a.shape[0], a.shape[1])])
+        out[f"{m}.lora_B.weight"] = torch.cat([b, b.new_zeros(b.shape[0], rank - b.shape[1])], 1)
+    config.r, config.lora_alpha = rank, scaling * (rank**0.5 if config.use_rslora else rank)
+    return out, config

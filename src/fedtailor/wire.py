@@ -1,0 +1,269 @@
+"""The wire format: one safetensors blob whose metadata carries a bounded JSON header. Never pickle.
+
+Layout: 8 bytes little-endian header length, JSON header, tensor bytes: any safetensors reader opens it. The header's
+`__metadata__.fedtailor` holds the verb, the numbers and the tree's shape; a leaf that is a tensor is named there by its
+path. Sizes are checked against the bytes at hand before memory is taken for anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save, save_file
+from torch import Tensor
+
+from fedtailor.core import Message, Tree
+from fedtailor.errors import FedtailorError
+from fedtailor.trees import SEPARATOR, tensors
+
+MAX_HEADER = 4 << 20
+MAX_BYTES = 8 << 30
+MAX_DEPTH = 16
+MAX_RANK = 16
+TENSOR = "\x00"  # in the skeleton, stands where a tensor was; no text may be this
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class WireError(FedtailorError):
+    """A message that is refused, and why."""
+
+
+class Entry(NamedTuple):
+    """A tensor in a blob: offsets count from the end of the header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def encode(message: Message) -> bytes:
+    """The bytes of a message.
+
+    Raises:
+        WireError: a leaf that is neither tensor, text, number, bool, None nor a list of those.
+    """
+    return save(*_prepare(message))
+
+
+def decode(blob: bytes | bytearray | memoryview, max_bytes: int = MAX_BYTES) -> Message:
+    """The message in `blob`. Its tensors share the blob's memory and must not be written to.
+
+    Raises:
+        WireError: anything that is not exactly one well-formed message of at most `max_bytes`.
+    """
+    if len(blob) > max_bytes:
+        raise WireError(f"message of {len(blob)} bytes refused: the limit is {max_bytes}")
+    message, entries, start = _head(bytes(blob[:8]), lambda n: bytes(blob[8 : 8 + n]), len(blob))
+    memory = blob if isinstance(blob, bytearray) else bytearray(blob)  # torch takes no read-only buffer
+
+    def tensor(path: str) -> Tensor:
+        dtype, shape, begin, end = entries[path]
+        if begin == end:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(memory, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=start + begin).view(shape)
+
+    return message._replace(body=_fill(message.body, tensor, ""))
+
+
+def write(message: Message, path: Path) -> int:
+    """Encode straight into a file, atomically, without a second copy in memory; returns its size in bytes."""
+    parts, metadata = _prepare(message)
+    return atomically(path, lambda temporary: save_file(parts, str(temporary), metadata))
+
+
+def read(path: Path, lazy: bool = False, max_bytes: int = MAX_BYTES) -> Message:
+    """The message in a file. With `lazy`, each tensor is read when it is asked for and belongs to the caller.
+
+    Raises:
+        WireError: the file is missing, truncated or malformed.
+    """
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise WireError(f"{path}: {size} bytes, the limit is {max_bytes}")
+        if not lazy:
+            return decode(bytearray(path.read_bytes()), max_bytes)
+        with path.open("rb") as file:
+            message, _, _ = _head(file.read(8), file.read, size)
+    except OSError as error:
+        raise WireError(f"{path}: cannot be read ({error.strerror})") from error
+    return message._replace(body=LazyTree(path, message.body))
+
+
+class LazyTree(dict[str, Any]):
+    """A tree on disk: reading a name reads that tensor and keeps nothing, so memory does not grow with trees."""
+
+    def __init__(self, path: Path, skeleton: Mapping[str, Any], prefix: str = "") -> None:
+        super().__init__(skeleton)
+        self._path, self._prefix = path, prefix
+
+    def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
+        if isinstance(value, Mapping):
+            return LazyTree(self._path, value, f"{self._prefix}{name}{SEPARATOR}")
+        if value != TENSOR:
+            return value
+        with safe_open(str(self._path), framework="pt") as file:
+            # A clone: a mapped tensor would keep its pages resident for as long as the caller keeps it.
+            return file.get_tensor(self._prefix + name).clone()
+
+    def items(self) -> Iterator[tuple[str, Any]]:  # type: ignore[override]
+        return ((name, self[name]) for name in self)
+
+    def values(self) -> Iterator[Any]:  # type: ignore[override]
+        return (self[name] for name in self)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default
+
+
+def check(message: Message, verb: str | None = None, like: Mapping[str, Any] | None = None) -> Message:
+    """The message itself, if its verb, tensor names, shapes and dtypes are the expected ones.
+
+    Raises:
+        WireError: names the first difference.
+    """
+    if verb is not None and message.verb != verb:
+        raise WireError(f"verb '{message.verb}' where '{verb}' was expected")
+    if like is not None:
+        got, want = dict(tensors(message.body)), dict(tensors(like))
+        for name in sorted(got.keys() | want.keys()):
+            if name not in got or name not in want:
+                raise WireError(f"tensor '{name}' is {'missing' if name in want else 'not expected'}")
+            if got[name].shape != want[name].shape or got[name].dtype != want[name].dtype:
+                raise WireError(
+                    f"tensor '{name}' is {got[name].dtype} {list(got[name].shape)}, "
+                    f"expected {want[name].dtype} {list(want[name].shape)}"
+                )
+    return message
+
+
+def atomically(path: Path, write_to: Any) -> int:
+    """Write a file through a synced temporary one beside it: a kill at any byte leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write_to(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        size = temporary.stat().st_size
+        temporary.chmod(0o644)
+        temporary.replace(path)
+        return size
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _prepare(message: Message) -> tuple[dict[str, Tensor], dict[str, str]]:
+    parts: dict[str, Tensor] = {}
+    header = {"verb": message.verb, "info": dict(message.info), "tree": _skeleton(message.body, "", parts)}
+    return parts, {"fedtailor": json.dumps(header, separators=(",", ":"), sort_keys=True)}
+
+
+def _skeleton(value: Any, path: str, parts: dict[str, Tensor]) -> Any:
+    if isinstance(value, Mapping):
+        for name in value:
+            if not isinstance(name, str) or SEPARATOR in name:
+                raise WireError(f"'{path}{name}': a name on the wire is a text without '{SEPARATOR}'")
+        return {name: _skeleton(leaf, f"{path}{name}{SEPARATOR}", parts) for name, leaf in value.items()}
+    if isinstance(value, Tensor):
+        # A contiguous copy of its own only where safetensors needs one (views, shared storage).
+        own = value.detach().cpu().contiguous()
+        whole = own.untyped_storage().nbytes() == own.numel() * own.element_size()
+        parts[path[: -len(SEPARATOR)]] = own if whole and own.data_ptr() not in _pointers(parts) else own.clone()
+        return TENSOR
+    if value == TENSOR or not isinstance(value, str | int | float | bool | list | tuple | None):
+        raise WireError(f"'{path[:-1]}': a {type(value).__name__} cannot cross the wire")
+    return value
+
+
+def _pointers(parts: Mapping[str, Tensor]) -> set[int]:
+    return {t.data_ptr() for t in parts.values() if t.numel()}
+
+
+def _fill(skeleton: Mapping[str, Any], tensor: Any, prefix: str) -> Tree:
+    out: Tree = {}
+    for name, value in skeleton.items():
+        if isinstance(value, dict):
+            out[name] = _fill(value, tensor, f"{prefix}{name}{SEPARATOR}")
+        else:
+            out[name] = tensor(prefix + name) if value == TENSOR else value
+    return out
+
+
+def _head(first: bytes, more: Any, size: int) -> tuple[Message, dict[str, Entry], int]:
+    """(message whose body is still the skeleton, tensors by path, where their bytes start), everything checked."""
+    if len(first) < 8:
+        raise WireError(f"message of {size} bytes is too short to be one")
+    length = int.from_bytes(first, "little")
+    if length > MAX_HEADER or 8 + length > size:
+        raise WireError(f"header of {length} bytes refused (message {size} bytes, limit {MAX_HEADER})")
+    try:
+        header = json.loads(more(length))
+        meta = json.loads(header.pop("__metadata__")["fedtailor"])
+        verb, info, skeleton = meta["verb"], meta["info"], meta["tree"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise WireError(f"malformed header ({type(error).__name__})") from error
+    if not isinstance(verb, str) or not isinstance(info, dict) or not isinstance(skeleton, dict):
+        raise WireError("malformed header: verb, info or tree of a wrong type")
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in info.values()):
+        raise WireError("malformed header: info holds something that is not a number")
+    entries = {path: _entry(path, raw) for path, raw in header.items()}
+    position = 0
+    for path, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.start != position:
+            raise WireError(f"tensor '{path}' does not start where the last one ended")
+        position = entry.end
+    if 8 + length + position != size:
+        raise WireError(f"message of {size} bytes where its header says {8 + length + position}")
+    named = set(_paths(skeleton, "", 0))
+    if named != entries.keys():
+        raise WireError(f"tree and tensors differ: {sorted(named ^ entries.keys())[:3]}")
+    return Message(verb, skeleton, info), entries, 8 + length
+
+
+def _entry(path: str, raw: Any) -> Entry:
+    try:
+        dtype, shape, (start, end) = DTYPES[raw["dtype"]], tuple(raw["shape"]), raw["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise WireError(f"tensor '{path}' has no valid dtype, shape or offsets") from error
+    if not all(type(n) is int and n >= 0 for n in (*shape, start, end)) or len(shape) > MAX_RANK:
+        raise WireError(f"tensor '{path}' has an impossible shape")
+    count = 1
+    for n in shape:
+        count *= n
+    if end - start != count * dtype.itemsize:
+        raise WireError(f"tensor '{path}' of shape {list(shape)} does not fit its {end - start} bytes")
+    return Entry(dtype, shape, start, end)
+
+
+def _paths(skeleton: Mapping[str, Any], prefix: str, depth: int) -> Iterator[str]:
+    if depth > MAX_DEPTH:
+        raise WireError(f"tree deeper than {MAX_DEPTH}")
+    for name, value in skeleton.items():
+        if isinstance(value, dict):
+            yield from _paths(value, f"{prefix}{name}{SEPARATOR}", depth + 1)
+        elif value == TENSOR:
+            yield prefix + name
