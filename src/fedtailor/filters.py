@@ -86,16 +86,19 @@ def _int8(feedback: bool = True) -> Filter:
     return Filter(apply, lambda message: message._replace(body=unpack(message.body)))
 
 
-FILTERS: Mapping[str, Callable[[], Filter]] = {
-    "bf16": lambda: _cast(torch.bfloat16),
-    "fp16": lambda: _cast(torch.float16),
-    "int8": _int8,
-    "int8-plain": lambda: _int8(feedback=False),
+FILTERS: Mapping[str, tuple[Callable[[], Filter], str]] = {
+    "bf16": (lambda: _cast(torch.bfloat16), "floats as bfloat16: half the bytes, three digits"),
+    "fp16": (lambda: _cast(torch.float16), "floats as float16: half the bytes; small numbers vanish below 6e-8"),
+    "int8": (_int8, "floats as int8, one scale a row, what rounding lost is sent later: a quarter of the bytes"),
+    "int8-plain": (lambda: _int8(feedback=False), "int8 that forgets what rounding lost"),
 }
 
 
+NOTHING = Filter(lambda message, memory: (message, memory), lambda message: message)
+
+
 def chain(names: list[str] | tuple[str, ...]) -> Filter:
-    """The named filters one after the other, undone in reverse; no names: nothing changes.
+    """The named filters one after the other, undone in reverse; no names: NOTHING.
 
     Raises:
         ConfigError: an unknown name, with the nearest known one.
@@ -103,7 +106,9 @@ def chain(names: list[str] | tuple[str, ...]) -> Filter:
     for name in names:
         if name not in FILTERS:
             raise ConfigError(f"unknown filter '{name}': {nearest(name, FILTERS)}")
-    parts = [FILTERS[name]() for name in names]
+    if not names:
+        return NOTHING
+    parts = [FILTERS[name][0]() for name in names]
 
     def apply(message: Message, memory: Tree) -> tuple[Message, Tree]:
         new: Tree = {}

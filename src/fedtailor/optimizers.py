@@ -44,7 +44,7 @@ def apply(plan: Plan, params: dict[str, Tensor], state: Tree, rates: Tensor | fl
         if p.grad is None:
             continue
         grad = p.grad
-        lr = rates if isinstance(rates, float) else rates.view(-1, *[1] * (p.dim() - 1)).to(p)
+        lr = rates.view(-1, *[1] * (p.dim() - 1)).to(p) if isinstance(rates, Tensor) else rates
         if plan.weight_decay and plan.optimizer == "adamw":
             p.mul_(1 - lr * plan.weight_decay)
         elif plan.weight_decay:
@@ -68,7 +68,7 @@ def clip(params: dict[str, Tensor], largest: float, stacked: bool) -> None:
     grads = [p.grad for p in params.values() if p.grad is not None]
     if not grads:
         return
-    flat = [g.flatten(1) if stacked else g.flatten()[None] for g in grads]
+    flat = [g.reshape(len(g) if stacked else 1, -1) for g in grads]
     norms = torch.stack([f.square().sum(1) for f in flat]).sum(0).sqrt()
     factors = (largest / (norms + 1e-6)).clamp_max(1.0)
     for g in grads:

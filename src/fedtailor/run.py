@@ -17,7 +17,7 @@ import torch
 
 from fedtailor import wire
 from fedtailor.config import Experiment, load
-from fedtailor.core import SERVER, ClientId, Message, Tree, stream
+from fedtailor.core import SERVER, ClientId, Letters, Tree, stream
 from fedtailor.engines.answering import Workers
 from fedtailor.engines.local import Local
 from fedtailor.engines.states import MANIFEST, States
@@ -263,6 +263,7 @@ def _finish(
         "rounds": experiment.rounds,
         "clients": len(world.clients),
         "train_rows": int(sum(len(s.train) for s in world.clients.values())),
+        **world.without_training(),
         "partition": {"clients": sorted(world.clients), "labels": world.labels, "counts": world.counts.tolist()},
         "state_hash": states.hash(state),
     }
@@ -271,14 +272,18 @@ def _finish(
 def save_personal(world: World, states: States, state: Tree, folder: Path) -> None:
     """A PEFT folder for each client's personal tree (in a deployment it never leaves the client)."""
     assert world.algorithm.personal
-    broadcast: dict[ClientId, Message] = {}
-    talk = world.algorithm.answer(state, sorted(world.clients))
-    letters = next(talk)
-    broadcast = dict(letters.to if hasattr(letters, "to") else letters)
-    talk.close()
-    for client, message in sorted(broadcast.items()):
+    for client in sorted(world.clients):
         own = states.read_own(client).get("algorithm")
-        world.technique.save(world.algorithm.personal(own, message.body, world.sites(client, 0)), folder / client)
+        tree = world.algorithm.personal(own, broadcast_of(world, state, client), world.sites(client, 0))
+        world.technique.save(tree, folder / client)
+
+
+def broadcast_of(world: World, state: Tree, client: ClientId) -> Tree:
+    """What the server would send this client for it to build its personal tree."""
+    talk = world.algorithm.answer(state, [client])
+    letters = next(talk)
+    talk.close()
+    return dict((letters.to if isinstance(letters, Letters) else letters)[client].body)
 
 
 def _write_clients(world: World, ledger: Ledger, own: dict[str, float], wide: dict[str, float], path: Path) -> None:

@@ -50,6 +50,16 @@ class World(NamedTuple):
     sites: Callable[[ClientId, int], Site]
     valid_sites: Callable[[ClientId, int], Site]
     flops: Callable[[int, int], float]
+    columns: list[str]
+
+    def without_training(self) -> dict[str, float]:
+        """What needs no training: always the commonest training class."""
+        if not self.labels:
+            return {}
+        common = int(self.counts.sum(0).argmax())
+        label = self.test.fixed["labels"]
+        outputs = {"nll": torch.zeros(len(label)), "predicted": torch.full_like(label, common), "label": label}
+        return {"majority": self.metric.value(self.metric.tally(outputs))}
 
 
 def build(experiment: Experiment) -> World:
@@ -104,7 +114,7 @@ def build(experiment: Experiment) -> World:
     # The personal part of an algorithm's tree costs as much as the technique's own: its count is everybody's.
     flops = count_flops(forward, job.loss, _on(technique.init, device), batch_of, bool(store.ragged))
     return World(
-        experiment, backbone, technique, algorithm, found, clients, counts, source.labels, store, test, device, sites, valid_sites, flops
+        experiment, backbone, technique, algorithm, found, clients, counts, source.labels, store, test, device, sites, valid_sites, flops, list(source.train.column_names)
     )
 
 

@@ -67,7 +67,7 @@ def weighted_mean(trees: Sequence[Mapping[str, Any]], weights: Sequence[float]) 
     The sum runs in the order given (client order, so that arrival order cannot change a bit) and in float32 or better.
 
     Raises:
-        ValueError: no trees, unequal numbers of trees and weights, or weights that do not add up to something positive.
+        ValueError: no trees, unequal numbers of trees and weights, weights that do not add up to something positive, or unequal shapes.
     """
     total = float(sum(weights))
     if not trees or len(trees) != len(weights) or not total > 0:
@@ -78,11 +78,15 @@ def weighted_mean(trees: Sequence[Mapping[str, Any]], weights: Sequence[float]) 
         if isinstance(first, Mapping):
             out[name] = weighted_mean([tree[name] for tree in trees], weights)
         elif isinstance(first, Tensor):
-            exact = torch.promote_types(first.dtype, torch.float32)
+            exact = torch.promote_types(first.dtype, torch.float32) if first.is_floating_point() else torch.float64
             mean = first.to(exact) * (weights[0] / total)
             for tree, weight in zip(trees[1:], weights[1:], strict=True):
-                mean.add_(tree[name].to(exact), alpha=weight / total)
-            out[name] = mean.to(first.dtype)
+                part = tree[name]
+                if part.shape != first.shape:  # or torch would broadcast
+                    raise ValueError(f"weighted_mean of shapes {list(first.shape)} and {list(part.shape)} for '{name}'")
+                mean.add_(part.to(exact), alpha=weight / total)
+            # A count that is equal everywhere must not lose one to rounding.
+            out[name] = (mean if first.is_floating_point() else mean.round()).to(first.dtype)
         else:
             out[name] = first
     return out

@@ -7,7 +7,9 @@ path. Sizes are checked against the bytes at hand before memory is taken for any
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
 
@@ -27,6 +29,7 @@ MAX_HEADER = 4 << 20
 MAX_BYTES = 8 << 30
 MAX_DEPTH = 16
 MAX_RANK = 16
+RESERVED = "__metadata__"  # where safetensors keeps what is not a tensor
 TENSOR = "\x00"  # in the skeleton, stands where a tensor was; no text may be this
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -60,9 +63,11 @@ def encode(message: Message) -> bytes:
     """The bytes of a message.
 
     Raises:
-        WireError: a leaf that is neither tensor, text, number, bool, None nor a list of those.
+        WireError: a leaf that is neither tensor, text, number, bool, None nor a list of those, and whatever `decode` refuses.
     """
-    return save(*_prepare(message))
+    blob = save(*_prepare(message))
+    _bounded(blob[:8])
+    return blob
 
 
 def decode(blob: bytes | bytearray | memoryview, max_bytes: int = MAX_BYTES) -> Message:
@@ -86,9 +91,23 @@ def decode(blob: bytes | bytearray | memoryview, max_bytes: int = MAX_BYTES) -> 
 
 
 def write(message: Message, path: Path) -> int:
-    """Encode straight into a file, atomically, without a second copy in memory; returns its size in bytes."""
+    """Encode straight into a file, atomically, without a second copy in memory; returns its size in bytes.
+
+    Raises:
+        WireError: as `encode`.
+        OSError: the file cannot be written; safetensors reports a full disk in an exception of its own.
+    """
     parts, metadata = _prepare(message)
-    return atomically(path, lambda temporary: save_file(parts, str(temporary), metadata))
+
+    def save_to(temporary: Path) -> None:
+        try:
+            save_file(parts, str(temporary), metadata)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, str(error), str(path)) from error
+        with temporary.open("rb") as file:
+            _bounded(file.read(8))
+
+    return atomically(path, save_to)
 
 
 def read(path: Path, lazy: bool = False, max_bytes: int = MAX_BYTES) -> Message:
@@ -123,9 +142,12 @@ class LazyTree(dict[str, Any]):
             return LazyTree(self._path, value, f"{self._prefix}{name}{SEPARATOR}")
         if value != TENSOR:
             return value
-        with safe_open(str(self._path), framework="pt") as file:
-            # A clone: a mapped tensor would keep its pages resident for as long as the caller keeps it.
-            return file.get_tensor(self._prefix + name).clone()
+        try:
+            with safe_open(str(self._path), framework="pt") as file:
+                # A clone: a mapped tensor would keep its pages resident for as long as the caller keeps it.
+                return file.get_tensor(self._prefix + name).clone()
+        except (SafetensorError, OSError) as error:
+            raise WireError(f"{self._path}: '{self._prefix}{name}' cannot be read ({error})") from error
 
     def items(self) -> Iterator[tuple[str, Any]]:  # type: ignore[override]
         return ((name, self[name]) for name in self)
@@ -178,25 +200,57 @@ def atomically(path: Path, write_to: Any) -> int:
 
 def _prepare(message: Message) -> tuple[dict[str, Tensor], dict[str, str]]:
     parts: dict[str, Tensor] = {}
-    header = {"verb": message.verb, "info": dict(message.info), "tree": _skeleton(message.body, "", parts)}
+    info = dict(message.info)
+    if not isinstance(message.verb, str) or not all(isinstance(k, str) and _is_number(v) for k, v in info.items()):
+        raise WireError(f"'{message.verb}': the verb on the wire is a text, and info holds numbers by name")
+    header = {"verb": message.verb, "info": info, "tree": _skeleton(message.body, "", parts, 0)}
+    if RESERVED in parts:
+        raise WireError(f"'{RESERVED}': the wire format keeps this name for itself")
     return parts, {"fedtailor": json.dumps(header, separators=(",", ":"), sort_keys=True)}
 
 
-def _skeleton(value: Any, path: str, parts: dict[str, Tensor]) -> Any:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _bounded(first: bytes) -> None:
+    length = int.from_bytes(first, "little")
+    if length > MAX_HEADER:
+        raise WireError(f"header of {length} bytes: texts and lists take more than the limit of {MAX_HEADER}")
+
+
+def _name(name: Any, path: str, depth: int) -> str:
+    if depth > MAX_DEPTH:
+        raise WireError(f"tree deeper than {MAX_DEPTH}")
+    if not isinstance(name, str) or SEPARATOR in name or any("\ud800" <= c <= "\udfff" for c in name):
+        raise WireError(f"'{path}{name}': a name on the wire is a text without '{SEPARATOR}'")
+    return name
+
+
+def _plain(value: Any, path: str, depth: int = 0) -> Any:
+    if isinstance(value, list | tuple) and depth <= MAX_DEPTH:
+        for item in value:
+            _plain(item, path, depth + 1)
+    elif not isinstance(value, str | int | float | bool | None) or value == TENSOR:
+        raise WireError(f"'{path}': a {type(value).__name__}{' in a list' if depth else ''} cannot cross the wire")
+    return value
+
+
+def _skeleton(value: Any, path: str, parts: dict[str, Tensor], depth: int) -> Any:
     if isinstance(value, Mapping):
-        for name in value:
-            if not isinstance(name, str) or SEPARATOR in name:
-                raise WireError(f"'{path}{name}': a name on the wire is a text without '{SEPARATOR}'")
-        return {name: _skeleton(leaf, f"{path}{name}{SEPARATOR}", parts) for name, leaf in value.items()}
+        return {
+            _name(name, path, depth): _skeleton(leaf, f"{path}{name}{SEPARATOR}", parts, depth + 1)
+            for name, leaf in value.items()
+        }
     if isinstance(value, Tensor):
+        if value.dtype not in DTYPES.values() or value.layout != torch.strided:
+            raise WireError(f"'{path[:-1]}': a tensor of {value.dtype}, {value.layout} cannot cross the wire")
         # A contiguous copy of its own only where safetensors needs one (views, shared storage).
         own = value.detach().cpu().contiguous()
         whole = own.untyped_storage().nbytes() == own.numel() * own.element_size()
         parts[path[: -len(SEPARATOR)]] = own if whole and own.data_ptr() not in _pointers(parts) else own.clone()
         return TENSOR
-    if value == TENSOR or not isinstance(value, str | int | float | bool | list | tuple | None):
-        raise WireError(f"'{path[:-1]}': a {type(value).__name__} cannot cross the wire")
-    return value
+    return _plain(value, path[: -len(SEPARATOR)])
 
 
 def _pointers(parts: Mapping[str, Tensor]) -> set[int]:
@@ -222,13 +276,13 @@ def _head(first: bytes, more: Any, size: int) -> tuple[Message, dict[str, Entry]
         raise WireError(f"header of {length} bytes refused (message {size} bytes, limit {MAX_HEADER})")
     try:
         header = json.loads(more(length))
-        meta = json.loads(header.pop("__metadata__")["fedtailor"])
+        meta = json.loads(header.pop(RESERVED)["fedtailor"])
         verb, info, skeleton = meta["verb"], meta["info"], meta["tree"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WireError(f"malformed header ({type(error).__name__})") from error
     if not isinstance(verb, str) or not isinstance(info, dict) or not isinstance(skeleton, dict):
         raise WireError("malformed header: verb, info or tree of a wrong type")
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in info.values()):
+    if not all(_is_number(v) for v in info.values()):
         raise WireError("malformed header: info holds something that is not a number")
     entries = {path: _entry(path, raw) for path, raw in header.items()}
     position = 0
@@ -251,19 +305,21 @@ def _entry(path: str, raw: Any) -> Entry:
         raise WireError(f"tensor '{path}' has no valid dtype, shape or offsets") from error
     if not all(type(n) is int and n >= 0 for n in (*shape, start, end)) or len(shape) > MAX_RANK:
         raise WireError(f"tensor '{path}' has an impossible shape")
-    count = 1
-    for n in shape:
-        count *= n
+    count = math.prod(shape)
+    # Strides count the other axes of an empty tensor too, and torch holds them in 63 bits.
+    if math.prod(max(n, 1) for n in shape) * dtype.itemsize >= 1 << 63:
+        raise WireError(f"tensor '{path}' has an impossible shape")
     if end - start != count * dtype.itemsize:
         raise WireError(f"tensor '{path}' of shape {list(shape)} does not fit its {end - start} bytes")
     return Entry(dtype, shape, start, end)
 
 
 def _paths(skeleton: Mapping[str, Any], prefix: str, depth: int) -> Iterator[str]:
-    if depth > MAX_DEPTH:
-        raise WireError(f"tree deeper than {MAX_DEPTH}")
     for name, value in skeleton.items():
+        _name(name, prefix, depth)
         if isinstance(value, dict):
             yield from _paths(value, f"{prefix}{name}{SEPARATOR}", depth + 1)
         elif value == TENSOR:
             yield prefix + name
+        else:
+            _plain(value, prefix + name)

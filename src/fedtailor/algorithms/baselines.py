@@ -50,7 +50,7 @@ def pooled(job: Job) -> Algorithm:
 
     def round(state: State, cohort: list[ClientId]) -> Talk:
         replies = yield {SERVER: Message("train", state["params"], {"cohort": float(len(cohort))})}
-        return {"params": replies[SERVER].body}
+        return {"params": replies[SERVER].body} if SERVER in replies else state
 
     answer, judged = answer_with(job, lambda state: state["params"])
     return Algorithm(

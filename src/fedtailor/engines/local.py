@@ -11,11 +11,11 @@ import torch
 
 from fedtailor import wire
 from fedtailor.core import SERVER, Algorithm, Ask, ClientId, Fitted, Letters, Message, Site, Talk, Tree, seed_of, stream
-from fedtailor.engines.answering import Workers, answer, drive
+from fedtailor.engines.answering import Answers, Workers, answer, drive
 from fedtailor.engines.clock import is_lost, seconds
 from fedtailor.engines.states import States
 from fedtailor.errors import RunError
-from fedtailor.filters import Filter
+from fedtailor.filters import NOTHING, Filter
 from fedtailor.ledger import Ledger
 from fedtailor.trees import is_finite, nbytes
 
@@ -171,7 +171,7 @@ class Local:
             def random(client: ClientId) -> torch.Generator:
                 return stream(self.seed, "fit", client, round, self._steps, asked[client])
 
-            results = answer(asks, self.workers, random, self.stacked)
+            results = self._answered(asks, random, round)
             for client, result in results.items():
                 if isinstance(result, Fitted):
                     spent[client] += result.seen["flops"]
@@ -182,6 +182,18 @@ class Local:
                 yield Reply(self.clock, client, reply)
                 continue
             yield from self._reply(client, own, reply, stored[client], arrived[client][0], spent[client], sites(client, round))
+
+    def _answered(self, asks: dict[ClientId, Ask], random: Callable[[ClientId], torch.Generator], round: int) -> Answers:
+        if self.stacked:
+            try:
+                return answer(asks, self.workers, random, stacked=True)
+            except RuntimeError as error:
+                # Some PEFT methods write in place or through an autograd.Function of their own, which vmap refuses.
+                if not any(word in str(error) for word in ("vmap", "functorch")):
+                    raise
+                self.stacked = False
+                self.notice(f"round {round}: this technique cannot be stacked: clients are trained one by one")
+        return answer(asks, self.workers, random, stacked=False)
 
     def _reply(
         self, client: ClientId, own: Tree | None, reply: Message, stored: Tree, down: int, flops: float, site: Site
@@ -218,8 +230,8 @@ class Local:
             return len(blob), self.up.undo(wire.decode(blob))
         path = Path(self._spool.name) / f"{seed_of(0, client)}.safetensors"
         size = wire.write(filtered, path)
-        undone = self.up.undo(wire.read(path)) if filtered.body else filtered
-        wire.write(undone, path)
+        if self.up is not NOTHING:
+            wire.write(self.up.undo(wire.read(path)), path)
         return size, wire.read(path, lazy=True)
 
     def dump(self) -> Tree:

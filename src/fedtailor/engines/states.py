@@ -33,6 +33,7 @@ class States:
 
     def write_own(self, client: ClientId, own: Tree) -> None:
         if not own:
+            self.own.pop(client, None)
             return
         self.own[client] = self._write(f"own-{client}", own)
 
@@ -50,7 +51,10 @@ class States:
         manifest["digests"] = self.digests = {name: self.digests[name] for name in sorted(named)}
         text = json.dumps(manifest, sort_keys=True)
         body = json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "manifest": text})
-        wire.atomically(self.folder / MANIFEST, lambda path: path.write_text(body, encoding="utf-8"))
+        try:
+            wire.atomically(self.folder / MANIFEST, lambda path: path.write_text(body, encoding="utf-8"))
+        except OSError as error:
+            raise RunError(f"{self.folder}: cannot write state ({error.strerror}): free space, then --resume") from error
         self._sweep(named)
 
     def resume(self) -> tuple[int, Tree, Tree, dict[str, Any]] | None:
@@ -68,7 +72,7 @@ class States:
             text = outer["manifest"]
             intact = hashlib.sha256(text.encode()).hexdigest() == outer["sha256"]
             manifest = json.loads(text)
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise RunError(f"{path}: corrupt checkpoint ({type(error).__name__}): start afresh with another --out") from error
         if not intact:
             raise RunError(f"{path}: corrupt checkpoint (its sum does not match): start afresh with another --out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -142,7 +143,8 @@ def peft(backbone: Backbone, **config: Any) -> Technique:
     if backbone.kind == "image" and not learns_prompt:
         config.setdefault("modules_to_save", heads)
     try:
-        with quiet(), torch.random.fork_rng(devices=[]):
+        with quiet(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # PEFT then sets it right for GPT-2's Conv1D
             torch.manual_seed(0)
             # A copy of the modules, not of the tensors: PEFT changes the model that it is given.
             base = _shallow(backbone.model)

@@ -1,0 +1,273 @@
+"""The command line. Standard output is for results, standard error for progress; exit codes: 0 done, 2 usage or experiment,
+3 data, 4 the run failed, 130 interrupted."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fedtailor import __version__
+from fedtailor.errors import ConfigError, FedtailorError, nearest
+
+# Heavy imports (torch, transformers) stay inside the commands: `--help` and a wrong flag answer at once.
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+err = Console(stderr=True, highlight=False)
+
+As_json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on standard output.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: section.key=value (repeatable).")]
+Out = Annotated[Path | None, typer.Option("--out", help="The run folder itself.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the run folder.")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of every random stream.")]
+RunFolder = Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")]
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Customize pretrained models to data that never leaves its owners."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    experiment: Annotated[str | None, typer.Argument(help="EXPERIMENT.toml, or a name in experiments/. Without: the demo's defaults.")] = None,
+    out: Out = None,
+    resume: Resume = False,
+    seed: Seed = None,
+    set_: Set = None,
+    as_json: As_json = False,
+) -> None:
+    """Run one experiment and write its run folder."""
+    from fedtailor.progress import watching
+    from fedtailor.report import write
+    from fedtailor.run import run as run_experiment
+
+    chosen = _experiment(experiment, seed, set_)
+    folder = out or _free(Path("runs") / chosen.name, resume)
+    with watching(err, chosen.rounds) as watch:
+        summary = run_experiment(chosen, folder, resume, watch)
+    page = write([folder], folder / "report.html")
+    result = {**summary, "run": str(folder)}
+    if as_json:
+        print(json.dumps(result))
+        return
+    console = Console(highlight=False)
+    _table(console, *_summary_table(result))
+    console.print(f"run     {folder}\nadapter {folder / 'adapter'}\nreport  {page}")
+
+
+@app.command()
+def compare(
+    experiment: Annotated[str, typer.Argument(help="EXPERIMENT.toml with a [compare] section.")],
+    out: Out = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Finished cases are kept and cut ones resumed in any case.")] = False,
+    seed: Seed = None,
+    set_: Set = None,
+    as_json: As_json = False,
+) -> None:
+    """Vary keys and seeds, run what is missing, print and write one table."""
+    from fedtailor.compare import compare as compare_cases
+    from fedtailor.compare import table
+    from fedtailor.progress import watching
+    from fedtailor.report import write
+
+    chosen = _experiment(experiment, seed, set_)
+    folder = out or Path("runs") / f"{chosen.name}-compare"
+    with watching(err, chosen.rounds, many=True) as watch:
+        rows = compare_cases(chosen, folder, watch)
+    page = write([Path(r) for row in rows for r in row["runs"][:1]], folder / "report.html")
+    if as_json:
+        print(json.dumps([{**row, "run": str(folder)} for row in rows]))
+        return
+    console = Console(highlight=False)
+    _table(console, *table(rows))
+    console.print(f"table  {folder / 'compare.md'}\nreport {page}")
+
+
+@app.command()
+def evaluate(run: RunFolder, as_json: As_json = False) -> None:
+    """Judge a run's model again, on the global test set and on every client's own test split."""
+    from fedtailor.run import SUMMARY, reopen
+    from fedtailor.run import evaluate as judge
+
+    world, engine, state, _ = reopen(run)
+    scores = judge(world, engine, state, world.experiment.rounds)
+    engine.close()
+    path = run / SUMMARY
+    summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    result = {**summary, **{k: v for k, v in scores.items() if not k.startswith("clients") or k in ("clients_mean", "clients_worst_decile")}}
+    result |= {"run": str(run), "per_client": scores["clients"]}
+    if as_json:
+        print(json.dumps(result))
+    else:
+        _table(Console(highlight=False), *_summary_table(result))
+
+
+@app.command()
+def predict(
+    run: RunFolder,
+    texts: Annotated[list[str], typer.Argument(help="Texts (for pairs: 'first ||| second'), or image files.", metavar="TEXT...")],
+    client: Annotated[str | None, typer.Option("--client", help="Use this client's personal model.")] = None,
+    as_json: As_json = False,
+) -> None:
+    """Label texts or images, or continue texts, with a run's model."""
+    from fedtailor.predict import predict as label
+
+    found = label(run, texts, client)
+    if as_json:
+        print(json.dumps({"predictions": found}))
+        return
+    for one in found:
+        best = f"{max(one['scores']):.3f}" if one["scores"] else ""
+        print(f"{one['label']}\t{best}\t{one['text']}")
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    to: Annotated[Path, typer.Option("--to", help="The folder to write.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge into the weights: a plain transformers folder.")] = False,
+    client: Annotated[str | None, typer.Option("--client", help="Export this client's personal model.")] = None,
+    as_json: As_json = False,
+) -> None:
+    """Write a run's adapter as a folder that PEFT loads, or merged as one that transformers loads."""
+    from fedtailor.predict import tree_of
+    from fedtailor.run import reopen
+
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ConfigError(f"--to '{to}' exists and is not an empty folder: name another one")
+    world, engine, state, states = reopen(run)
+    engine.close()
+    tree = tree_of(world, state, states, client)
+    (world.technique.merge if merge else world.technique.save)(tree, to)
+    print(json.dumps({"run": str(run), "to": str(to), "merged": merge}) if as_json else to)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.", metavar="RUN...")],
+    out: Annotated[Path | None, typer.Option("-o", help="The HTML file; report.html in the first run folder unless given.")] = None,
+    as_json: As_json = False,
+) -> None:
+    """Write one self-contained HTML page about one or more runs."""
+    from fedtailor.report import write
+
+    page = write(runs, out or runs[0] / "report.html")
+    print(json.dumps({"report": str(page)}) if as_json else page)
+
+
+@app.command(name="list")
+def list_(
+    what: Annotated[str, typer.Argument(help="techniques, algorithms, datasets, models, partitions, filters or metrics")],
+    as_json: As_json = False,
+) -> None:
+    """List what an experiment may name, with the options of each."""
+    from fedtailor.listing import LISTS, listing
+
+    if what not in LISTS:
+        raise ConfigError(f"cannot list '{what}': {nearest(what, LISTS)}")
+    entries = listing(what)
+    if as_json:
+        print(json.dumps(entries))
+        return
+    for entry in entries:
+        options = ", ".join(f"{k} = {v}" for k, v in entry.get("options", {}).items())
+        print(f"{entry['name']:<16}{entry['summary']}" + (f"\n{'':<16}options: {options}" if options else ""))
+
+
+@app.command()
+def doctor(as_json: As_json = False) -> None:
+    """Check what this machine offers and whether the main job can run here."""
+    from fedtailor.doctor import examine
+
+    checks = examine()
+    if as_json:
+        print(json.dumps(checks))
+    else:
+        for check in checks:
+            print(f"{'ok ' if check['ok'] else 'BAD'} {check['name']:<12}{check['found']}")
+    if not all(check["ok"] for check in checks):
+        raise typer.Exit(4)
+
+
+def _experiment(name: str | None, seed: int | None, overrides: list[str] | None) -> Any:
+    from fedtailor.config import load, override, parse
+
+    changes = [*(overrides or []), *([f"seed={seed}"] if seed is not None else [])]
+    if name is None:
+        values: dict[str, Any] = {}
+        for item in changes:
+            override(values, item)
+        return parse(values, where="--set")
+    path = Path(name)
+    if not path.is_file() and not path.suffix:
+        known = sorted(p.stem for p in Path("experiments").glob("*.toml"))
+        if name not in known:
+            raise ConfigError(f"no experiment '{name}': " + (nearest(name, known) if known else "name a .toml file"))
+        path = Path("experiments") / f"{name}.toml"
+    return load(path, changes)
+
+
+def _free(folder: Path, resume: bool) -> Path:
+    """A folder that holds no run yet; with `resume` the latest one that does."""
+    number, last = 1, folder
+    current = folder
+    while current.exists():
+        number, last = number + 1, current
+        current = folder.with_name(f"{folder.name}-{number}")
+    return last if resume else current
+
+
+def _summary_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    shown = {
+        f"global test ({summary['metric']})": ("global_test", "{:.4f}"),
+        "clients' mean": ("clients_mean", "{:.4f}"),
+        "clients' worst decile": ("clients_worst_decile", "{:.4f}"),
+        "majority class": ("majority", "{:.4f}"),
+        "trained numbers": ("trainable_parameters", "{:,}"),
+        "bytes up, a client and round": ("bytes_up_per_client_round", "{:,.0f}"),
+        "bytes down, a client and round": ("bytes_down_per_client_round", "{:,.0f}"),
+        "bytes in all": ("bytes_total", "{:,}"),
+        "peak memory, MB": ("peak_memory_bytes", "{:,}"),
+        "seconds": ("seconds", "{:.1f}"),
+        "simulated seconds": ("simulated_seconds", "{:.1f}"),
+    }
+    rows = []
+    for title, (key, form) in shown.items():
+        value = summary.get(key)
+        if value is not None:
+            rows.append([title, form.format(value // 1_000_000 if key == "peak_memory_bytes" else value)])
+    return ["measure", "value"], rows
+
+
+def _table(console: Console, head: list[str], body: list[list[str]]) -> None:
+    from rich.table import Table
+
+    table = Table(*head)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for line in body:
+        table.add_row(*line)
+    console.print(table)
+
+
+def main() -> None:
+    """The entry point: every failure that a user can act on is one line and its documented exit code."""
+    try:
+        app()
+    except FedtailorError as error:
+        err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        err.print("interrupted: the last checkpoint is kept; add --resume to go on", soft_wrap=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
