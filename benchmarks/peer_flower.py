@@ -84,9 +84,7 @@ def build_model() -> PeftModel:
     return get_peft_model(backbone, lora)
 
 
-def make_batches(
-    client: int, steps: int, batch: int, tokens: int, vocabulary: int
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def make_batches(client: int, steps: int, batch: int, tokens: int, vocabulary: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """A client's fixed random examples: the seed is the client's own, so each round sees the same ones."""
     generator = torch.Generator().manual_seed(SEED * 1000 + client)
     ids = torch.randint(0, vocabulary, (steps, batch, tokens), generator=generator)
@@ -135,15 +133,11 @@ class TimedFedAvg(FedAvg):
         self.clients = clients
         self.marks: list[float] = []
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         self.marks.append(time.perf_counter())
         return super().configure_train(server_round, arrays, config, grid)
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         replies = list(replies)
         good = sum(not reply.has_error() for reply in replies)
         if good != self.clients:

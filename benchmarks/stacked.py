@@ -55,7 +55,10 @@ def measure(kind: str, precision: str, repeats: int, sizes: list[int]) -> None:
     rows = CLIENTS * STEPS * BATCH
     ids = rng.integers(1000, 20000, (rows, TOKENS))
     labels = rng.integers(0, CLASSES, rows)
-    sides: dict[str, Callable[[], None]] = {"plain": plain(backbone, kind, ids, labels), "ours": ours(backbone, kind, ids, labels)}
+    sides: dict[str, Callable[[], None]] = {
+        "plain": plain(backbone, kind, ids, labels),
+        "ours": ours(backbone, kind, ids, labels),
+    }
     sides |= {f"pooled {size}": pooled(backbone, kind, ids, labels, size) for size in sizes}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(repeats + 1):

@@ -29,8 +29,8 @@ from fedtailor.metrics import metric
 from fedtailor.techniques import TECHNIQUES, Technique
 from fedtailor.trees import leaves
 
-WORDS = "the a good bad fine film movie plot story was is not very really quite dull bright long short end".split()
 LABELS = ["good", "bad", "fine"]
+WORDS = [*LABELS, "the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", *(f"w{i}" for i in range(29))]
 TEXT = ("bert", "roberta", "distilbert")
 CAUSAL = ("gpt2", "llama")
 FAMILIES = (*TEXT, *CAUSAL, "vit")
@@ -45,7 +45,7 @@ def _tokenizer(pad: int) -> Any:
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     special.insert(pad, special.pop(0))
-    vocabulary = {word: i for i, word in enumerate([*special, *WORDS, *(f"w{i}" for i in range(20))])}
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -238,6 +238,7 @@ class Outcome(NamedTuple):
     clock: list[float]  # after each round
     notices: list[str]
     log: list[Seen]
+    world: World
 
 
 PLAN = Plan(epochs=1, batch=4, lr=1e-2)
@@ -253,9 +254,10 @@ def world_of(
     sizes: Mapping[str, int] | None = None,
     devices: Mapping[str, Device] | None = None,
     equal: bool = False,
+    empty: tuple[str, ...] = (),
     seed: int = 0,
 ) -> World:
-    """`sizes`: LoRA rank or prefix length by client; `equal`: all clients hold the same rows."""
+    """`sizes`: LoRA rank or prefix length by client; `equal`: all clients hold the same rows; `empty`: those hold none."""
     data = rows_of(family)
     judged = metric("auto", KINDS[family], 3)
     loss = language if family in CAUSAL else classification
@@ -263,13 +265,18 @@ def world_of(
     log: list[Seen] = []
     algorithm = watched(ALGORITHMS[kind](job, **(options or {})), log)
     names = [f"c{i}" for i in range(clients)]
-    train = {c: np.arange(8) if equal else np.arange(i * 10, i * 10 + 6 + i) for i, c in enumerate(names)}
+    train = {
+        c: np.arange(0) if c in empty else np.arange(8) if equal else np.arange(i * 10, i * 10 + 6 + i)
+        for i, c in enumerate(names)
+    }
     everybody = np.concatenate([train[c] for c in names])
     inits = {c: technique.resized(sizes[c]) for c in names} if sizes else dict.fromkeys(names, technique.init)
 
     def sites(client: str, round: int) -> Site:
         if client == SERVER:
-            return Site(SERVER, {"train": Subset(data, everybody), "test": Subset(data, np.arange(52, 60))}, technique.init, round, seed)
+            return Site(
+                SERVER, {"train": Subset(data, everybody), "test": Subset(data, np.arange(52, 60))}, technique.init, round, seed
+            )
         parts = {"train": Subset(data, train[client]), "test": Subset(data, train[client][:3])}
         if algorithm.personal:
             parts["global"] = Subset(data, np.arange(52, 60))
@@ -312,7 +319,7 @@ def run_world(
             clock.append(engine.clock)
         answers = engine.converse(world.algorithm.answer(state, world.clients), start + rounds, world.sites)
         own = {c: states.read_own(c).get("algorithm", {}) for c in world.clients}
-        return Outcome(state, own, states.hash(state), ledger, answers, clock, notices, world.log)
+        return Outcome(state, own, states.hash(state), ledger, answers, clock, notices, world.log, world)
     finally:
         engine.close()
 

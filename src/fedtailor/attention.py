@@ -40,18 +40,15 @@ class _Folded(torch.autograd.Function):
     ) -> tuple[Tensor, int]:
         clients = info.batch_size
 
-        def fold(t: Tensor | None, dim: int | None) -> Tensor | None:
-            if t is None:
-                return None
+        def fold(t: Tensor, dim: int | None) -> Tensor:
             whole = t.movedim(dim, 0) if dim is not None else t.expand(clients, *t.shape)
             return whole.reshape(-1, *t.shape[1:] if dim is None else whole.shape[2:])
 
         # These calls run one level below vmap, so plain autograd records them: no rule for a backward is needed.
-        folded = [fold(t, dim) for t, dim in zip((q, k, v, mask), dims[:4], strict=True)]
+        query, key, value = (fold(t, dim) for t, dim in zip((q, k, v), dims[:3], strict=True))
+        seen = fold(mask, dims[3]) if mask is not None else None
         scale, p, causal = rest
-        out = F.scaled_dot_product_attention(
-            folded[0], folded[1], folded[2], attn_mask=folded[3], dropout_p=p, scale=scale, is_causal=causal
-        )
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, dropout_p=p, scale=scale, is_causal=causal)
         return out.view(clients, -1, *out.shape[1:]), 0
 
 
@@ -86,7 +83,9 @@ def attend(
         key, value = _repeat(key, groups), _repeat(value, groups)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if torch._C._functorch.maybe_current_level() is not None:
-        out = _Folded.apply(query, key, value, attention_mask, scale, dropout, causal)
+        out = _Folded.apply(  # type: ignore[no-untyped-call]
+            query, key, value, attention_mask, scale, dropout, causal
+        )
     else:
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scale, is_causal=causal
@@ -98,7 +97,7 @@ def _with_prefix(
     module: nn.Module, prefix: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Prefix of shape (layers, 2, heads, length, dim): every query sees all of it."""
-    layer = prefix[module.fedtailor_layer].to(key.dtype)  # set once by `number_layers`
+    layer = prefix[int(module.fedtailor_layer)].to(key.dtype)  # type: ignore[arg-type]  # set once, where the technique is made
     batch = key.shape[0]
     key = torch.cat([layer[0].expand(batch, *layer.shape[1:]), key], dim=2)
     value = torch.cat([layer[1].expand(batch, *layer.shape[1:]), value], dim=2)
@@ -111,7 +110,8 @@ def _with_prefix(
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """The stock boolean mask, never skipped: the skip looks into the mask's values, which vmap refuses."""
     kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-    return sdpa_mask(*args, **kwargs)
+    mask: Tensor | None = sdpa_mask(*args, **kwargs)
+    return mask
 
 
 def register() -> str:

@@ -139,9 +139,10 @@ def sample_inputs(backbone: Backbone, length: int, rows: int = 1) -> dict[str, T
     """A batch that the model accepts: label names as tokens (cycled), or noise images."""
     device = next(backbone.model.parameters()).device
     if backbone.kind == "image":
-        size = backbone.model.config.image_size
+        config: Any = backbone.model.config
+        size = config.image_size
         height, width = size if isinstance(size, list | tuple) else (size, size)
-        noise = torch.rand(rows, backbone.model.config.num_channels, height, width, generator=torch.Generator().manual_seed(0))
+        noise = torch.rand(rows, config.num_channels, height, width, generator=torch.Generator().manual_seed(0))
         return {"pixel_values": (noise * 2 - 1).to(device, next(backbone.model.parameters()).dtype)}
     words = " ".join(backbone.labels) or "the quick brown fox jumps over the lazy dog"
     ids = backbone.processor(words, add_special_tokens=False)["input_ids"] or [1]

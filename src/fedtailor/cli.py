@@ -36,7 +36,9 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command()
 def run(
-    experiment: Annotated[str | None, typer.Argument(help="EXPERIMENT.toml, or a name in experiments/. Without: the demo's defaults.")] = None,
+    experiment: Annotated[
+        str | None, typer.Argument(help="EXPERIMENT.toml, or a name in experiments/. Without: the demo's defaults.")
+    ] = None,
     out: Out = None,
     resume: Resume = False,
     seed: Seed = None,
@@ -101,7 +103,10 @@ def evaluate(run: RunFolder, as_json: As_json = False) -> None:
     engine.close()
     path = run / SUMMARY
     summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    result = {**summary, **{k: v for k, v in scores.items() if not k.startswith("clients") or k in ("clients_mean", "clients_worst_decile")}}
+    result = {
+        **summary,
+        **{k: v for k, v in scores.items() if not k.startswith("clients") or k in ("clients_mean", "clients_worst_decile")},
+    }
     result |= {"run": str(run), "per_client": scores["clients"]}
     if as_json:
         print(json.dumps(result))
@@ -152,7 +157,9 @@ def export(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.", metavar="RUN...")],
-    out: Annotated[Path | None, typer.Option("-o", help="The HTML file; report.html in the first run folder unless given.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", help="The HTML file; report.html in the first run folder unless given.")
+    ] = None,
     as_json: As_json = False,
 ) -> None:
     """Write one self-contained HTML page about one or more runs."""

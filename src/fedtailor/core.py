@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,11 +44,11 @@ class Examples(Protocol):
     def __len__(self) -> int: ...
 
     @property
-    def lengths(self) -> Sequence[int]:
+    def lengths(self) -> np.ndarray:
         """Tokens of each example (1 for images): what a batch of it costs."""
         ...
 
-    def batch(self, rows: Sequence[int], width: int, size: int) -> dict[str, Tensor]:
+    def batch(self, rows: Sequence[int] | np.ndarray, width: int, size: int) -> dict[str, Tensor]:
         """The rows as tensors, padded to `width` tokens and to `size` rows (padding rows carry no label)."""
         ...
 
@@ -80,7 +81,7 @@ class Fit(NamedTuple):
 
 class Fitted(NamedTuple):
     params: Tree
-    seen: Mapping[str, float]  # n, steps, loss (mean over the steps), flops
+    seen: Mapping[str, float]  # n (rows), steps, examples (passes), loss (mean over the steps), flops
     optimizer: Tree  # the optimiser's state after the last step
 
 
@@ -204,7 +205,7 @@ def answer_with(
     def answer(state: State, cohort: list[ClientId]) -> Talk:
         letter = Message("answer", broadcast(state))
         everyone = cohort if personal else [*cohort, SERVER]
-        return (yield {client: letter for client in everyone})
+        return (yield dict.fromkeys(everyone, letter))
 
     def handler(own: Tree | None, msg: Message, site: Site) -> Flow:
         params = personal(own, msg.body, site) if personal and site.id != SERVER else msg.body

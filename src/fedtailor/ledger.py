@@ -29,6 +29,10 @@ class Ledger:
             for name, amount in amounts.items():
                 line[name] = line.get(name, 0.0) + amount
 
+    def note(self, client: ClientId, **values: float) -> None:
+        """Values of this round that are no amounts: they are not added up."""
+        self.round.setdefault(client, dict.fromkeys(COLUMNS, 0.0)).update(values)
+
     def close_round(self) -> dict[ClientId, dict[str, float]]:
         """The finished round's lines; the next round starts with none."""
         done, self.round = self.round, {}

@@ -14,7 +14,9 @@ def _described(registry: Mapping[str, Any], skip: tuple[str, ...] = ()) -> list[
         options = {
             n: "required" if p.default is inspect.Parameter.empty else p.default
             for n, p in parameters.items()
-            if n not in skip and p.kind is not inspect.Parameter.VAR_KEYWORD and isinstance(p.default, str | int | float | list | type)
+            if n not in skip
+            and p.kind is not inspect.Parameter.VAR_KEYWORD
+            and isinstance(p.default, str | int | float | list | type)
         }
         options = {n: "required" if isinstance(v, type) else v for n, v in options.items()}
         out.append({"name": name, "summary": (inspect.getdoc(entry) or "").split("\n")[0], "options": options})

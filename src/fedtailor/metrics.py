@@ -105,7 +105,7 @@ def perplexity(sums: Tree) -> float:
 
 def mean_loss(sums: Tree) -> float:
     """Mean loss an example, or a token for language models."""
-    return float(sums["nll"] / sums.get("tokens", sums["n"]).clamp_min(1))
+    return float(sums["nll"] / sums["tokens" if "tokens" in sums else "n"].clamp_min(1))
 
 
 def metric(name: str, kind: str, classes: int) -> Metric:

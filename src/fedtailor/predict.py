@@ -34,10 +34,9 @@ def tree_of(world: World, state: Tree, states: States, client: str | None) -> Tr
 
 def predict(run: Path, texts: list[str], client: str | None = None) -> list[dict[str, Any]]:
     """[{text, label, index, scores}] for classes; for language models `label` is the continuation."""
-    from datasets import Dataset
-
     from fedtailor.data.encode import encode
     from fedtailor.data.examples import Subset
+    from fedtailor.data.sources import Rows
 
     world, engine, state, states = reopen(run)
     tree = tree_of(world, state, states, client)
@@ -62,7 +61,7 @@ def predict(run: Path, texts: list[str], client: str | None = None) -> list[dict
         columns["text"] = [half[0].strip() for half in halves]
         if pairs:
             columns["pair"] = [half[1].strip() for half in halves]
-    store = encode(Dataset.from_dict(columns), kind, world.backbone.processor, world.experiment.data.max_length)
+    store = encode(Rows(columns), kind, world.backbone.processor, world.experiment.data.max_length)
     ask = Predict(scores, tree, Subset(store, range(store.rows)))
     found = answer({"you": ask}, engine.workers, lambda c: stream(0), False)["you"]["scores"]
     engine.close()

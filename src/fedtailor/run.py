@@ -172,7 +172,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-class wire_errors:  # noqa: N801 - reads as what it does: `with wire_errors(out)`
+class wire_errors:
     """Turns the operating system's complaints (a full disk) into one line that says how to go on."""
 
     def __init__(self, out: Path) -> None:

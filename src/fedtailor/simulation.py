@@ -75,8 +75,6 @@ def build(experiment: Experiment) -> World:
     seed = experiment.seed
     device = pick_device(experiment.engine.device)
     source = load_source(experiment.data, seed)
-    if source.test is None or not len(source.test):
-        raise DataError(f"data '{experiment.data.name}' has no test rows: set data.test to a file or a fraction")
     parts = split(source.train, experiment.clients, seed)
     dtype = torch.bfloat16 if experiment.engine.precision == "bf16" else torch.float32
     backbone = load_backbone(experiment.model, source.kind, source.labels, seed, device, dtype)
@@ -114,7 +112,21 @@ def build(experiment: Experiment) -> World:
     # The personal part of an algorithm's tree costs as much as the technique's own: its count is everybody's.
     flops = count_flops(forward, job.loss, _on(technique.init, device), batch_of, bool(store.ragged))
     return World(
-        experiment, backbone, technique, algorithm, found, clients, counts, source.labels, store, test, device, sites, valid_sites, flops, list(source.train.column_names)
+        experiment,
+        backbone,
+        technique,
+        algorithm,
+        found,
+        clients,
+        counts,
+        source.labels,
+        store,
+        test,
+        device,
+        sites,
+        valid_sites,
+        flops,
+        list(source.train.column_names),
     )
 
 
@@ -194,7 +206,7 @@ def _sites(
     names = sorted(clients)
     device = devices(experiment, names)
     sizes = experiment.clients.ranks or experiment.clients.lengths
-    if experiment.clients.ranks and technique.kind == "prefix" or experiment.clients.lengths and technique.kind == "lora":
+    if (experiment.clients.ranks and technique.kind == "prefix") or (experiment.clients.lengths and technique.kind == "lora"):
         raise ConfigError("clients.ranks goes with technique lora, clients.lengths with prefix and prompt")
     trees = {size: technique.resized(size) for size in sorted(set(sizes))}
     inits = {c: trees[sizes[i % len(sizes)]] if sizes else technique.init for i, c in enumerate(names)}
@@ -227,8 +239,8 @@ def _split(client: ClientId, rows: np.ndarray, experiment: Experiment, seed: int
     """A client's rows in random order: its own test split, its validation split, and at least one row to train on."""
     order = torch.randperm(len(rows), generator=stream(seed, "split", client)).numpy()
     rows = np.asarray(rows)[order]
-    test = min(int(round(experiment.clients.test * len(rows))), len(rows) - 1)
-    valid = min(int(round(experiment.clients.valid * len(rows))), len(rows) - 1 - test)
+    test = min(round(experiment.clients.test * len(rows)), len(rows) - 1)
+    valid = min(round(experiment.clients.valid * len(rows)), len(rows) - 1 - test)
     return Split(rows[test + valid :], rows[test : test + valid], rows[:test])
 
 

@@ -67,7 +67,8 @@ def weighted_mean(trees: Sequence[Mapping[str, Any]], weights: Sequence[float]) 
     The sum runs in the order given (client order, so that arrival order cannot change a bit) and in float32 or better.
 
     Raises:
-        ValueError: no trees, unequal numbers of trees and weights, weights that do not add up to something positive, or unequal shapes.
+        ValueError: no trees, unequal numbers of trees and weights, unequal shapes, or weights that do not add up to something
+            positive.
     """
     total = float(sum(weights))
     if not trees or len(trees) != len(weights) or not total > 0:

@@ -65,7 +65,7 @@ def encode(message: Message) -> bytes:
     Raises:
         WireError: a leaf that is neither tensor, text, number, bool, None nor a list of those, and whatever `decode` refuses.
     """
-    blob = save(*_prepare(message))
+    blob: bytes = save(*_prepare(message))
     _bounded(blob[:8])
     return blob
 
@@ -156,7 +156,7 @@ class LazyTree(dict[str, Any]):
         return (self[name] for name in self)
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default
+        return self[name] if name in self else default  # noqa: SIM401 (it is what this is)
 
 
 def check(message: Message, verb: str | None = None, like: Mapping[str, Any] | None = None) -> Message:
@@ -223,7 +223,7 @@ def _name(name: Any, path: str, depth: int) -> str:
     if depth > MAX_DEPTH:
         raise WireError(f"tree deeper than {MAX_DEPTH}")
     if not isinstance(name, str) or SEPARATOR in name or any("\ud800" <= c <= "\udfff" for c in name):
-        raise WireError(f"'{path}{name}': a name on the wire is a text without '{SEPARATOR}'")
+        raise WireError(f"{path + str(name)!a}: a name on the wire is a text without '{SEPARATOR}'")
     return name
 
 

@@ -80,4 +80,4 @@ def weights_by(weighting: str):  # type: ignore[no-untyped-def]
     if weighting not in ("examples", "uniform"):
         raise ConfigError(f"algorithm.weighting cannot be '{weighting}': {nearest(weighting, ['examples', 'uniform'])}")
     # A client without examples trained nothing: it must not count, and must not make the sum of weights zero either.
-    return (lambda reply: float(reply.info["n"])) if weighting == "examples" else (lambda reply: 1.0)
+    return (lambda reply: float(reply.info["n"]) or 1e-9) if weighting == "examples" else (lambda reply: 1.0)

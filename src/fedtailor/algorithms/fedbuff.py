@@ -46,7 +46,7 @@ def asynchronous(job: Job, *, buffer: int = 5, server_lr: float = 1.0, power: fl
         busy |= dict.fromkeys(free, version)
         letter = Message("train", state["params"], {"version": float(version)})
         replies: list[tuple[ClientId, Message]] = []
-        letters: dict[ClientId, Message] = {c: letter for c in free}
+        letters: dict[ClientId, Message] = dict.fromkeys(free, letter)
         while len(replies) < buffer:
             came = yield as_they_come(letters)
             letters = {}
@@ -58,7 +58,7 @@ def asynchronous(job: Job, *, buffer: int = 5, server_lr: float = 1.0, power: fl
         if not replies:
             return {**state, "version": version + 1, "busy": busy}
         # Client order, so that simultaneous arrivals cannot change a bit; the mean is over the buffer, as in the paper.
-        ordered = [message for _, message in sorted(replies)]
+        ordered = [message for _, message in sorted(replies, key=lambda reply: reply[0])]
         scaled = [scale(m.body, (1 + version - m.info["version"]) ** -power) for m in ordered]
         delta = weighted_mean(scaled, [1.0] * len(scaled))
         return {"params": add(state["params"], scale(delta, server_lr)), "version": version + 1, "busy": busy}

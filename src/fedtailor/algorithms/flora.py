@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import torch
 
+from fedtailor.algorithms.fedavg import weights_by
 from fedtailor.algorithms.merging import catch_up, merge_into_base, merged, merged_loss
 from fedtailor.core import Algorithm, ClientId, Fit, Flow, Job, Message, Site, State, Talk, Tree, answer_with
 from fedtailor.errors import ConfigError
 from fedtailor.trees import add, lora_pairs, subtract, weighted_mean
+
+weigh = weights_by("examples")
 
 
 def flora(job: Job) -> Algorithm:
@@ -42,8 +45,8 @@ def flora(job: Job) -> Algorithm:
             return state
         known = {**state["known"], **dict.fromkeys(replies, state["time"])}
         ordered = [replies[c] for c in sorted(replies)]
-        total = sum(r.info["n"] for r in ordered)
-        shares = [r.info["n"] / total for r in ordered]
+        weights = [weigh(r) for r in ordered]
+        shares = [w / sum(weights) for w in weights]
         stack: Tree = {}
         for module, (a, b) in lora_pairs(ordered[0].body["factors"]).items():
             stack[module] = {

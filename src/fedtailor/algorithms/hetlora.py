@@ -16,7 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedtailor.core import Algorithm, Batch, ClientId, Fit, Flow, Forward, Job, Loss, Message, Site, State, Tree, answer_with, one_exchange
+from fedtailor.core import (
+    Algorithm,
+    Batch,
+    ClientId,
+    Fit,
+    Flow,
+    Forward,
+    Job,
+    Loss,
+    Message,
+    Site,
+    State,
+    Tree,
+    answer_with,
+    one_exchange,
+)
 from fedtailor.errors import ConfigError
 from fedtailor.losses import tail_norms
 from fedtailor.trees import aggregation_error, lora_pairs, weighted_mean
@@ -78,7 +93,7 @@ class TailLoss(tuple[Any, ...]):
 
 
 def ranks_of(tree: Tree) -> int:
-    return max(tree[a].shape[0] for a, _ in lora_pairs(tree).values())
+    return max(int(tree[a].shape[0]) for a, _ in lora_pairs(tree).values())
 
 
 def truncate(tree: Tree, rank: int) -> Tree:

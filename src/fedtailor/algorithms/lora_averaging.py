@@ -10,9 +10,12 @@ reported as state["aggregation_error"] (0 for FFA; for FedSA there is no mean of
 
 from __future__ import annotations
 
+from fedtailor.algorithms.fedavg import weights_by
 from fedtailor.core import Algorithm, ClientId, Fit, Flow, Job, Message, Site, State, Tree, answer_with, one_exchange
 from fedtailor.errors import ConfigError
 from fedtailor.trees import add, aggregation_error, lora_pairs, select, subtract, weighted_mean
+
+weigh = weights_by("examples")
 
 
 def fedit(job: Job) -> Algorithm:
@@ -45,7 +48,7 @@ def fedsa(job: Job) -> Algorithm:
         return {"params": params}
 
     def merge(state: State, replies: dict[ClientId, Message]) -> State:
-        delta = weighted_mean([r.body for r in replies.values()], [r.info["n"] for r in replies.values()])
+        delta = weighted_mean([r.body for r in replies.values()], [weigh(r) for r in replies.values()])
         return {"params": {**state["params"], **add(select(state["params"], delta), delta)}}
 
     def broadcast(state: State) -> Tree:
@@ -73,7 +76,7 @@ def _averaging(job: Job, name: str, sent) -> Algorithm:  # type: ignore[no-untyp
         return own, Message("update", subtract(done.params, msg.body), done.seen)
 
     def merge(state: State, replies: dict[ClientId, Message]) -> State:
-        weights = [r.info["n"] for r in replies.values()]
+        weights = [weigh(r) for r in replies.values()]
         old = state["params"]
         params = add(old, weighted_mean([r.body for r in replies.values()], weights))
         error = aggregation_error([add(old, dict(r.body.items())) for r in replies.values()], weights, params)

@@ -52,7 +52,7 @@ def merge_into_base(state: State, factors: Tree) -> State:
     return {**state, "delta": delta, "log": log, "time": state["time"] + 1}
 
 
-class merged_loss(tuple[Any, ...]):  # noqa: N801 - reads as a function where it is used
+class merged_loss(tuple[Any, ...]):
     """The loss of a tree on the merged base, whose delta is in `aux`; a value, so equal losses are stacked together."""
 
     def __new__(cls, base: Loss) -> merged_loss:

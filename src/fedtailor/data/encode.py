@@ -7,14 +7,15 @@ from typing import Any
 import torch
 
 from fedtailor.data.examples import IGNORED, Store, store
+from fedtailor.data.sources import Rows
 from fedtailor.errors import DataError
 
 PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
 PROMPT_WITH_CONTEXT = "### Instruction:\n{instruction}\n\n### Context:\n{context}\n\n### Response:\n"
 
 
-def encode(rows: Any, kind: str, processor: Any, max_length: int) -> Store:
-    """Encode a datasets.Dataset with the columns of sources.py.
+def encode(rows: Rows, kind: str, processor: Any, max_length: int) -> Store:
+    """Encode rows with the columns of sources.py.
 
     Shapes: input_ids, token_type_ids and a language model's labels are ragged (longer rows are cut to `max_length`); class
     labels are (rows,), pixel_values (rows, channels, height, width).
@@ -43,7 +44,7 @@ def encode(rows: Any, kind: str, processor: Any, max_length: int) -> Store:
     return store({"input_ids": ids, "labels": labels}, pads)
 
 
-def _instructions(rows: Any) -> list[tuple[str, str]]:
+def _instructions(rows: Rows) -> list[tuple[str, str]]:
     contexts = rows["context"] if "context" in rows.column_names else [""] * len(rows)
     return [
         ((PROMPT_WITH_CONTEXT if c else PROMPT).format(instruction=i, context=c), r)
@@ -51,12 +52,20 @@ def _instructions(rows: Any) -> list[tuple[str, str]]:
     ]
 
 
-def _images(rows: Any, processor: Any) -> Store:
+def _images(rows: Rows, processor: Any) -> Store:
     pixels = []
     for start in range(0, len(rows), 64):
         try:
-            images = [image.convert("RGB") for image in rows[start : start + 64]["image"]]
+            images = [_opened(image).convert("RGB") for image in rows["image"][start : start + 64]]
         except OSError as error:
             raise DataError(f"image in rows {start} to {start + 63} cannot be read: {error}") from error
         pixels.append(processor(images, return_tensors="pt")["pixel_values"])
-    return store({"pixel_values": torch.cat(pixels), "labels": list(rows["label"])}, {})
+    columns: dict[str, Any] = {"pixel_values": torch.cat(pixels), "labels": list(rows["label"])}
+    return store(columns, {})
+
+
+def _opened(image: Any) -> Any:
+    """A PIL image, or the file of one."""
+    from PIL import Image
+
+    return image if isinstance(image, Image.Image) else Image.open(image)

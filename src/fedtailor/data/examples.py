@@ -64,7 +64,7 @@ class Subset:
     def take(self, rows: Sequence[int] | np.ndarray) -> Subset:
         return Subset(self.source, self.rows[np.asarray(rows, dtype=np.int64)])
 
-    def batch(self, rows: Sequence[int], width: int, size: int) -> dict[str, Tensor]:
+    def batch(self, rows: Sequence[int] | np.ndarray, width: int, size: int) -> dict[str, Tensor]:
         """Tensors of shape (size, width) for ragged columns and (size, ...) for fixed ones.
 
         Rows beyond `len(rows)` are padding: one visible token (so that no attention row is empty) and no label.

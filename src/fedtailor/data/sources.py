@@ -12,7 +12,7 @@ import json
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -23,22 +23,46 @@ from fedtailor.errors import ConfigError, DataError, nearest
 
 EMBEDDED: Mapping[str, Callable[[], dict[str, list[object]]]] = {"pydocs": pydocs}
 TEXTS = ("text", "sentence", "sentence1", "content", "review", "question", "comment", "utterance", "document", "#1 String")
-PAIRS = (("sentence1", "sentence2"), ("question", "sentence"), ("premise", "hypothesis"), ("question1", "question2"), ("#1 String", "#2 String"))
+PAIRS = (
+    ("sentence1", "sentence2"),
+    ("question", "sentence"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("#1 String", "#2 String"),
+)
 LABEL_NAMES = ("label", "labels", "category", "class", "target", "coarse_label", "fine_label", "Quality", "sentiment")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
 HELD_OUT = 0.2
+Columns = dict[str, list[Any]]
+
+
+class Rows:
+    """Columns of equal length. Plain lists: `datasets` and its tables (90 MB) are loaded only where a file needs them."""
+
+    def __init__(self, columns: Columns) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), []))
+
+    def __getitem__(self, name: str) -> list[Any]:
+        return self.columns[name]
+
+    @property
+    def column_names(self) -> list[str]:
+        return list(self.columns)
+
+    def select(self, rows: np.ndarray) -> Rows:
+        return Rows({name: [values[k] for k in rows] for name, values in self.columns.items()})
 
 
 class Source(NamedTuple):
     kind: str  # text | image | language | instruction
-    train: Any  # datasets.Dataset
-    test: Any  # datasets.Dataset, or None
+    train: Rows
+    test: Rows
     labels: list[str]  # class names; [] for language and instruction
     name: str
-
-
-Columns = dict[str, list[Any]]
 
 
 def load(config: DataSection, seed: int) -> Source:
@@ -47,24 +71,25 @@ def load(config: DataSection, seed: int) -> Source:
     Raises:
         DataError: missing, empty or malformed files, one class only, a label that training lacks: what, where, what to do.
     """
-    from datasets import Dataset
-
     train, test, names = _read(config)
     kind = _kind(config, train)
-    train, test = (_normalised(config, kind, part) if part is not None else None for part in (train, test))
-    assert train is not None
+    train = _normalised(config, kind, train)
+    test = _normalised(config, kind, test) if test is not None else None
     labels: list[str] = []
     if kind in ("text", "image"):
         labels = names or _labels(train)
-        train, test = (_indexed(part, labels, config.name) if part is not None else None for part in (train, test))
-        assert train is not None
+        train = _indexed(train, labels, config.name)
+        test = _indexed(test, labels, config.name) if test is not None else None
         if len(set(train["label"])) < 2:
-            raise DataError(f"data '{config.name}': all {len(train['label'])} training rows have one class: a classifier needs two")
-    rows = Dataset.from_dict(train)
-    held = Dataset.from_dict(test) if test is not None else None
-    if held is None:
+            raise DataError(
+                f"data '{config.name}': all {len(train['label'])} training rows have one class: a classifier needs two"
+            )
+    rows, held = Rows(train), Rows(test or {})
+    if test is None:
         rows, held = _hold_out(rows, config.test if isinstance(config.test, float) else HELD_OUT, seed, config.name)
-    return Source(kind, _limited(rows, config.limit, seed, "limit"), _limited(held, config.test_limit, seed, "test"), labels, config.name)
+    return Source(
+        kind, _limited(rows, config.limit, seed, "limit"), _limited(held, config.test_limit, seed, "test"), labels, config.name
+    )
 
 
 def _read(config: DataSection) -> tuple[Columns, Columns | None, list[str]]:
@@ -77,7 +102,9 @@ def _read(config: DataSection) -> tuple[Columns, Columns | None, list[str]]:
             found = reader(path, config)
             if found is not None:
                 return found
-        raise DataError(f"data folder '{path}' holds nothing that can be read: put csv, tsv, jsonl or parquet files or class folders there")
+        raise DataError(
+            f"data folder '{path}' holds nothing that can be read: put csv, tsv, jsonl or parquet files or class folders there"
+        )
     if path.is_file():
         if path.suffix == ".zip":
             return _zipped(path)
@@ -134,7 +161,7 @@ def _table(path: Path) -> Columns:
     return rows
 
 
-def _delimited(path: Path, delimiter: str, quoting: int) -> Columns:
+def _delimited(path: Path, delimiter: str, quoting: Literal[0, 3]) -> Columns:
     with path.open(encoding="utf-8-sig", newline="", errors="strict") as file:
         lines = list(csv.reader(file, delimiter=delimiter, quoting=quoting, strict=quoting != csv.QUOTE_NONE))
     lines = [line for line in lines if line]
@@ -196,7 +223,11 @@ def _txt(path: Path) -> Columns:
     lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     if lines and all("||" in line for line in lines[:20]):
         halves = [line.split("||", 1) for line in lines]
-        return {"instruction": [h[0].strip() for h in halves], "context": [""] * len(halves), "response": [h[-1].strip() for h in halves]}
+        return {
+            "instruction": [h[0].strip() for h in halves],
+            "context": [""] * len(halves),
+            "response": [h[-1].strip() for h in halves],
+        }
     return {"text": lines}
 
 
@@ -244,7 +275,10 @@ def _shepherd(folder: Path, config: DataSection) -> Found | None:
     if not files:
         return None
     parts = [_table(path) | {"client": [path.stem.rsplit("_", 1)[1]]} for path in files]
-    columns = {name: [v for p in parts for v in (p[name] if name != "client" else p["client"] * len(p["instruction"]))] for name in parts[0]}
+    columns = {
+        name: [v for p in parts for v in (p[name] if name != "client" else p["client"] * len(p["instruction"]))]
+        for name in parts[0]
+    }
     test = _table(folder / "global_test.json") if (folder / "global_test.json").is_file() else None
     return columns, test, []
 
@@ -340,7 +374,10 @@ def _normalised(config: DataSection, kind: str, columns: Columns) -> Columns:
         return name
 
     if kind == "instruction":
-        wanted = {"instruction": pick(None, ("instruction", "prompt"), "text"), "response": pick(None, ("response", "output"), "label")}
+        wanted = {
+            "instruction": pick(None, ("instruction", "prompt"), "text"),
+            "response": pick(None, ("response", "output"), "label"),
+        }
     elif kind == "image":
         wanted = {"image": pick(None, ("image", "img"), "text"), "label": pick(config.label, LABEL_NAMES, "label")}
     elif kind == "language":
@@ -352,7 +389,9 @@ def _normalised(config: DataSection, kind: str, columns: Columns) -> Columns:
         if pair:
             wanted["pair"] = pick(pair[1], (), "pair")
     out = {new: columns[old] for new, old in wanted.items()}
-    out |= {name: values for name, values in columns.items() if name not in wanted.values() and name not in out and _simple(values)}
+    out |= {
+        name: values for name, values in columns.items() if name not in wanted.values() and name not in out and _simple(values)
+    }
     if "text" in out:
         keep = [k for k, text in enumerate(out["text"]) if text is not None and str(text).strip()]
         if not keep:
@@ -380,11 +419,13 @@ def _indexed(columns: Columns, labels: list[str], name: str) -> Columns:
         return columns  # the source gave class numbers and names
     for row, value in enumerate(values, 1):
         if str(value) not in number:
-            raise DataError(f"data '{name}', test row {row}: label '{value}' is not among the training labels: {nearest(str(value), labels)}")
+            raise DataError(
+                f"data '{name}', test row {row}: label '{value}' is not among the training labels: {nearest(str(value), labels)}"
+            )
     return {**columns, "label": [number[str(v)] for v in values]}
 
 
-def _hold_out(rows: Any, fraction: float, seed: int, name: str) -> tuple[Any, Any]:
+def _hold_out(rows: Rows, fraction: float, seed: int, name: str) -> tuple[Rows, Rows]:
     if not 0 < fraction < 1:
         raise ConfigError(f"data.test = {fraction}: as a number it is the fraction to hold out, between 0 and 1")
     order = np.random.default_rng(seed_of(seed, "held out")).permutation(len(rows))
@@ -394,7 +435,7 @@ def _hold_out(rows: Any, fraction: float, seed: int, name: str) -> tuple[Any, An
     return rows.select(np.sort(order[count:])), rows.select(np.sort(order[:count]))
 
 
-def _limited(rows: Any, limit: int | None, seed: int, purpose: str) -> Any:
+def _limited(rows: Rows, limit: int | None, seed: int, purpose: str) -> Rows:
     if limit is None or limit >= len(rows):
         return rows
     order = np.random.default_rng(seed_of(seed, purpose)).permutation(len(rows))

@@ -14,7 +14,7 @@ from fedtailor.core import Ask, ClientId, Fit, Fitted, Flow, Forward, Message, P
 from fedtailor.engines.training import Flops, fit, no_flops
 from fedtailor.trees import numel, signature, tree_map
 
-TOKENS = 1280
+TOKENS = 640
 """Tokens in a stacked step on a CPU: more is no faster and takes memory for activations (docs/performance.md)."""
 LARGE = 4_000_000
 """Trained numbers above which clients are trained one by one."""
@@ -35,6 +35,7 @@ class Workers:
         self, bind: Callable[[bool], Forward], count: int, device: str = "cpu", flops: Flops = no_flops, group: int = 0
     ) -> None:
         self.device, self.flops, self.group, self.count = device, flops, group, count
+        self.tokens = 2 * TOKENS if device == "cpu" and not group else 0
         self._bind = bind
         self._forwards: dict[bool, queue.SimpleQueue[Forward]] = {}
         self._pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) if count > 1 else None
@@ -64,15 +65,21 @@ class Workers:
             self._pool.shutdown(cancel_futures=True)
 
 
-def answer(asks: Mapping[ClientId, Ask], workers: Workers, randoms: Randoms, stacked: bool) -> Answers:
-    """The results of these asks. With `stacked`, Fits with the same loss, plan and shapes share calls; else each is alone."""
+def answer(asks: Mapping[ClientId, Ask], workers: Workers, randoms: Randoms, stacked: bool, pace: int | None = None) -> Answers:
+    """The results of these asks. With `stacked`, Fits with the same loss, plan and shapes share calls; else each is alone.
+
+    `randoms` gives each client its stream; `pace` is the seed of what all share (batches.py).
+    """
     done: Answers = {}
     for dropout in (False, True):
         fits = {c: a for c, a in asks.items() if isinstance(a, Fit) and a.plan.dropout == dropout}
         groups = grouped(fits, workers.group, workers.count) if stacked else [[c] for c in fits]
 
         def train(group: list[ClientId], forward: Forward, fits: dict[ClientId, Fit] = fits) -> list[Fitted]:
-            return fit([fits[c] for c in group], [randoms(c) for c in group], forward, workers.device, workers.flops)
+            streams = [randoms(c) for c in group]
+            return fit(
+                [fits[c] for c in group], streams, forward, workers.device, workers.flops, pace=pace, tokens=workers.tokens
+            )
 
         for group, results in zip(groups, workers.map(train, groups, dropout), strict=True):
             done |= dict(zip(group, results, strict=True))
@@ -91,7 +98,7 @@ def answer(asks: Mapping[ClientId, Ask], workers: Workers, randoms: Randoms, sta
 def drive(flows: Mapping[ClientId, Flow], answer: Callable[[dict[ClientId, Ask]], Answers]) -> dict[ClientId, Any]:
     """Advance all flows to their next ask, answer the asks together, until each has returned (own state, reply)."""
     done: dict[ClientId, tuple[Tree | None, Message]] = {}
-    answers: Answers = {client: None for client in flows}
+    answers: Answers = dict.fromkeys(flows)
     while answers:
         asks: dict[ClientId, Ask] = {}
         for client, result in answers.items():

@@ -161,7 +161,7 @@ class Local:
             stored[client] = self.states.read_own(client)
             own = stored[client].get("algorithm")
             flows[client] = self.algorithm.client[message.verb](own, arrived[client][1], sites(client, round))
-        spent = dict.fromkeys(clients, 0.0)
+        spent, passed = dict.fromkeys(clients, 0.0), dict.fromkeys(clients, 0.0)
         asked = dict.fromkeys(clients, 0)
 
         def answered(asks: dict[ClientId, Ask]) -> dict[ClientId, Any]:
@@ -175,13 +175,16 @@ class Local:
             for client, result in results.items():
                 if isinstance(result, Fitted):
                     spent[client] += result.seen["flops"]
+                    passed[client] += result.seen["examples"]
             return results
 
         for client, (own, reply) in sorted(drive(flows, answered).items()):
             if free:
                 yield Reply(self.clock, client, reply)
                 continue
-            yield from self._reply(client, own, reply, stored[client], arrived[client][0], spent[client], sites(client, round))
+            yield from self._reply(
+                client, own, reply, stored[client], arrived[client][0], (spent[client], passed[client]), sites(client, round)
+            )
 
     def _answered(self, asks: dict[ClientId, Ask], random: Callable[[ClientId], torch.Generator], round: int) -> Answers:
         if self.stacked:
@@ -196,8 +199,10 @@ class Local:
         return answer(asks, self.workers, random, stacked=False)
 
     def _reply(
-        self, client: ClientId, own: Tree | None, reply: Message, stored: Tree, down: int, flops: float, site: Site
+        self, client: ClientId, own: Tree | None, reply: Message, stored: Tree, down: int, work: tuple[float, float], site: Site
     ) -> Iterator[Reply]:
+        """Filter, encode and charge a reply; `work` is (operations, example passes)."""
+        flops, examples = work
         self.progress(client)
         if client == SERVER:
             self._keep(client, own, {})
@@ -210,9 +215,9 @@ class Local:
         self._keep(client, own, memory)
         size, message = self._spooled(client, filtered)
         took = seconds(site.device, down, flops, size)
-        self.ledger.add(
-            client, replies=1, bytes_up=size, flops=flops, simulated_seconds=took, examples=float(reply.info.get("n", 0))
-        )
+        self.ledger.add(client, replies=1, bytes_up=size, flops=flops, simulated_seconds=took, examples=examples)
+        if "loss" in reply.info:
+            self.ledger.note(client, loss=reply.info["loss"])
         yield Reply(self.clock + took, client, message)
 
     def _keep(self, client: ClientId, own: Tree | None, memory: Tree) -> None:

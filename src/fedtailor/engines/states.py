@@ -39,7 +39,7 @@ class States:
 
     def commit(self, round: int, server: Tree, engine: Tree, ledger: dict[str, Any]) -> None:
         """Make (round, server state, engine state, all own states) the checkpoint."""
-        manifest = {
+        manifest: dict[str, Any] = {
             "round": round,
             "server": self._write("server", server),
             "engine": self._write("engine", engine),

@@ -30,16 +30,23 @@ def fit(
     device: str = "cpu",
     flops: Flops = no_flops,
     stacked: bool | None = None,
+    pace: int | None = None,
+    tokens: int = 0,
 ) -> list[Fitted]:
     """Train the asks' params, each on its own data, with its own steps, batches and optimiser.
 
     Asks must agree in loss, plan and signature. One ask runs without the client axis unless `stacked` says otherwise; more are
     one call of `vmap` a step. Clients with fewer steps leave the stack when they are done (they stand last), rows and tokens
     that a client lacks are padding without a label.
+
+    Args:
+        pace: seed of the order in which batches of like length come, the same for all clients (batches.py).
+        tokens: a step of more tokens than this runs in several calls over fewer clients, to bound memory; 0 never does.
     """
     many = len(asks) > 1 if stacked is None else stacked
     plan, loss = asks[0].plan, asks[0].loss
-    todo = [batches(plan, ask.data.lengths, random) for ask, random in zip(asks, randoms, strict=True)]
+    paces = [torch.Generator().manual_seed(pace) if pace is not None else None for _ in asks]
+    todo = [batches(plan, ask.data.lengths, r, p) for ask, r, p in zip(asks, randoms, paces, strict=True)]
     order = sorted(range(len(asks)), key=lambda i: -len(todo[i]))  # stable: ties stay in client order
     lengths = [np.asarray(ask.data.lengths) for ask in asks]
     out: list[Fitted | None] = [None] * len(asks)
@@ -48,7 +55,7 @@ def fit(
     leaves = _leaves(params)
     state = state or optimizers.fresh(plan, leaves)
     sums = torch.zeros(len(asks), dtype=torch.float64)
-    spent = [0.0] * len(asks)
+    spent, passes = [0.0] * len(asks), [0.0] * len(asks)
     if plan.dropout:
         # One stream for the group: with dropout, stacked training draws masks of its own.
         torch.manual_seed(int(torch.randint(2**62, (), generator=randoms[order[0]])))
@@ -59,7 +66,9 @@ def fit(
         if staying < active:
             for place in range(staying, active):
                 i = order[place]
-                out[i] = _finished(params, state, place if many else None, len(todo[i]), asks[i], float(sums[i]), spent[i])
+                seen = {"n": float(len(asks[i].data)), "steps": float(len(todo[i])), "examples": passes[i], "flops": spent[i]}
+                seen["loss"] = float(sums[i]) / max(len(todo[i]), 1)
+                out[i] = _finished(params, state, place if many else None, seen)
             active = staying
             if active == 0:
                 break
@@ -71,8 +80,8 @@ def fit(
         width, size = max(own), max(len(r) for r in rows)
         parts = [asks[i].data.batch(r, width, size) for i, r in zip(now, rows, strict=True)]
         batch = {k: (torch.stack([p[k] for p in parts]) if many else parts[0][k]).to(device) for k in parts[0]}
-        values = _losses(loss, forward, params, batch, aux, many)
-        values.sum().backward()
+        parts_of = min(active, -(-active * size * width // tokens)) if many and tokens else 1
+        values = torch.cat([_step(loss, forward, params, batch, aux, many, p) for p in _slices(active, parts_of)])
         if plan.clip:
             optimizers.clip(leaves, plan.clip, many)
         rates = [optimizers.learning_rate(plan, step, len(todo[i])) for i in now]
@@ -80,17 +89,38 @@ def fit(
         optimizers.apply(plan, leaves, state, rates[0] if same else torch.tensor(rates, device=device))
         for p in leaves.values():
             p.grad = None
-        sums[now] += values.detach().double().cpu().reshape(-1)
+        sums[now] += values.double().cpu()
         for i, r, w in zip(now, rows, own, strict=True):
             spent[i] += flops(len(r), w)
+            passes[i] += len(r)
     return [done for done in out if done is not None]
+
+
+def _slices(clients: int, parts: int) -> list[slice | None]:
+    """The clients in `parts` neighbouring slices; None is all of them."""
+    if parts == 1:
+        return [None]
+    cuts = np.linspace(0, clients, parts + 1).round().astype(int)
+    return [slice(int(a), int(b)) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+
+
+def _step(
+    loss: Any, forward: Forward, params: Tree, batch: dict[str, Tensor], aux: Tree, many: bool, part: slice | None
+) -> Tensor:
+    """Forward and backward of these clients; gradients add up in the leaves. Returns their losses, (clients,)."""
+    if part is not None:
+        # The slice of a leaf is a view: its gradient lands in the leaf's rows.
+        params, batch = tree_map(lambda t: t[part], params), {k: v[part] for k, v in batch.items()}
+        aux = {k: v if k == _SHARED else tree_map(lambda t: t[part], {"": v})[""] for k, v in aux.items()}
+    values = _losses(loss, forward, params, batch, aux, many)
+    values.sum().backward()
+    return values.detach().reshape(-1)
 
 
 def _losses(loss: Any, forward: Forward, params: Tree, batch: dict[str, Tensor], aux: Tree, many: bool) -> Tensor:
     """(clients,) losses, or a scalar for one client."""
     if not many:
         return loss(forward, params, batch, aux)  # type: ignore[no-any-return]
-    axes = tree_map(lambda t: 0, aux) if aux else {}
     shared = aux.get(_SHARED, {})
     own = {k: v for k, v in aux.items() if k != _SHARED}
     axes = tree_map(lambda t: 0, own)
@@ -152,10 +182,9 @@ def _first(tree: Tree, active: int) -> Tree:
     return out
 
 
-def _finished(params: Tree, state: Tree, place: int | None, steps: int, ask: Fit, total: float, flops: float) -> Fitted:
+def _finished(params: Tree, state: Tree, place: int | None, seen: dict[str, float]) -> Fitted:
     def own(tree: Tree) -> Tree:
         plain = tree_map(lambda t: t.detach(), tree)
         return tree_map(lambda t: t.cpu(), plain if place is None else unstack(plain, place))
 
-    seen = {"n": float(len(ask.data)), "steps": float(steps), "loss": total / max(steps, 1), "flops": flops}
     return Fitted(own(params), seen, own(state))

@@ -60,7 +60,8 @@ def binder(
             if "pixel_values" in inputs:
                 inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
             with around(own, params) if around else nullcontext():
-                return functional_call(own, swapped, (), inputs).logits.float()
+                logits: Tensor = functional_call(own, swapped, (), inputs).logits
+                return logits.float()
 
         return forward
 

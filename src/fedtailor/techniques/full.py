@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,14 +39,14 @@ def write_model(backbone: Backbone, tree: Tree, folder: Path) -> None:
         dtype = getattr(module, leaf).dtype
         setattr(module, leaf, torch.nn.Parameter(value.to(dtype), requires_grad=False))
     if hasattr(own, "tie_weights"):
-        own.tie_weights()
+        own.tie_weights()  # type: ignore[operator]
     write_folder(backbone, own, folder)
 
 
 def write_folder(backbone: Backbone, model: torch.nn.Module, folder: Path) -> None:
     with quiet():
         folder.mkdir(parents=True, exist_ok=True)
-        config = model.config
+        config: Any = model.config
         config._attn_implementation = "sdpa"  # ours is not known where fedtailor is not installed
         model.save_pretrained(folder)  # type: ignore[operator]
         backbone.processor.save_pretrained(folder)

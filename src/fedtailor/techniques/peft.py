@@ -1,4 +1,4 @@
-"""Every technique that PEFT knows: the adapter is PEFT's own module, the tree has PEFT's saved names, `save` writes what PEFT reads."""
+"""Every technique that PEFT knows: the adapter is PEFT's own module, the tree has its saved names, `save` writes its folder."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from fedtailor.backbone import Backbone, keys_and_values, quiet
 from fedtailor.core import Tree
 from fedtailor.errors import ConfigError, nearest
 from fedtailor.techniques.base import DELTA, Technique, binder, detached
-from fedtailor.techniques.full import write_folder
+from fedtailor.techniques.full import write_model
 
 TASKS = {"text": "SEQ_CLS", "language": "CAUSAL_LM", "instruction": "CAUSAL_LM"}
 HEADS = ("classifier", "score")
 PROMPT = "prompt_embeddings"  # the saved name of a prefix or a soft prompt
 QUERY_VALUE = {"query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "c_attn", "qkv", "query_key_value", "Wqkv"}
+KEY_VALUE = {"key", "value", "k_proj", "v_proj", "k_lin", "v_lin", "qkv", "query_key_value", "Wqkv"}
+FEEDFORWARD = {"lin2", "fc2", "down_proj", "c_proj"}
 
 
 def lora(
@@ -34,7 +36,7 @@ def lora(
     target: list[str] | None = None,
     dropout: float = 0.0,
 ) -> Technique:
-    """LoRA on the query and value projections (or on `target`); alpha is twice the rank unless given; ranks may differ a client."""
+    """LoRA on the query and value projections (or on `target`); alpha is twice the rank unless given; ranks may differ."""
     if rank < 1:
         raise ConfigError(f"technique.rank must be at least 1 (got {rank})")
     return peft(
@@ -43,23 +45,30 @@ def lora(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
         lora_dropout=dropout,
-        target_modules=target or _targets(backbone),
+        target_modules=_targets(backbone, QUERY_VALUE, target),
     )
 
 
 def ia3(backbone: Backbone, target: list[str] | None = None, feedforward: list[str] | None = None) -> Technique:
     """(IA)^3: a learned scale on keys, values and one feed-forward layer: the fewest parameters of all."""
-    extra = {"target_modules": target, "feedforward_modules": feedforward or []} if target else {}
-    return peft(backbone, peft_type="IA3", **extra)
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as KNOWN
+
+    if not target and backbone.model.config.model_type in KNOWN:  # type: ignore[union-attr]
+        return peft(backbone, peft_type="IA3")
+    inner = _targets(backbone, FEEDFORWARD, feedforward) if feedforward or not target else []
+    modules = sorted({*_targets(backbone, KEY_VALUE, target), *inner})
+    return peft(backbone, peft_type="IA3", target_modules=modules, feedforward_modules=inner)
 
 
 def prompt(backbone: Backbone, length: int = 10) -> Technique:
     """A soft prompt: `length` learned input embeddings before the text, started from real tokens."""
     if backbone.kind == "image":
         raise ConfigError("technique 'prompt' needs a text model: use 'prefix' for images")
-    technique = peft(backbone, peft_type="PROMPT_TUNING", num_virtual_tokens=_length(length))
-    words = backbone.processor(" ".join(backbone.labels) or "answer", add_special_tokens=False)["input_ids"]
     table = backbone.model.get_input_embeddings().weight.detach().float().cpu()  # type: ignore[operator]
+    # PEFT does not find these two in every family's configuration (DistilBERT calls them otherwise); a prompt has no heads.
+    sizes = {"token_dim": table.shape[1], "num_attention_heads": 1}
+    technique = peft(backbone, peft_type="PROMPT_TUNING", num_virtual_tokens=_length(length), **sizes)
+    words = backbone.processor(" ".join(backbone.labels) or "answer", add_special_tokens=False)["input_ids"]
 
     def sized(size: int) -> Tree:
         rows = torch.tensor((words * (size // len(words) + 1))[:size])
@@ -77,14 +86,11 @@ def prefix(backbone: Backbone, length: int = 10, init: str = "activations") -> T
         raise ConfigError(f"technique.init cannot be '{init}': {nearest(init, ['activations', 'random'])}")
     states, modules = keys_and_values(backbone, _length(length))
     layers, _, heads, _, dim = states.shape
-    technique = peft(
-        backbone,
-        peft_type="PREFIX_TUNING",
-        num_virtual_tokens=length,
-        num_layers=layers,
-        token_dim=heads * dim,
-        num_attention_heads=heads,
-    )
+    sizes = {"num_virtual_tokens": length, "num_layers": layers, "token_dim": heads * dim, "num_attention_heads": heads}
+    if _takes_cache(backbone.model):
+        technique = peft(backbone, peft_type="PREFIX_TUNING", **sizes)
+    else:
+        technique = _through_attention(backbone, modules, sizes)
 
     def sized(size: int) -> Tree:
         if init == "random":
@@ -94,26 +100,41 @@ def prefix(backbone: Backbone, length: int = 10, init: str = "activations") -> T
         # PEFT's layout: one row a virtual token, layer by layer, keys then values.
         return {**technique.init, PROMPT: found.permute(3, 0, 1, 2, 4).reshape(size, -1).clone()}
 
-    technique = technique._replace(kind="prefix", init=sized(length), resized=sized)
-    if _takes_cache(backbone.model):
-        return technique
-    # No past_key_values here (vision models, DistilBERT): the prefix enters through our attention function.
+    return technique._replace(kind="prefix", init=sized(length), resized=sized)
+
+
+def _through_attention(backbone: Backbone, modules: list[nn.Module], sizes: dict[str, int]) -> Technique:
+    """A prefix where there is no past_key_values to carry it (vision models, DistilBERT): our attention function does.
+
+    The tree and the folder are as PEFT writes them for other models; PEFT itself has no forward for these.
+    """
+    from peft import PrefixTuningConfig
+
     for number, module in enumerate(modules):
-        module.fedtailor_layer = number
+        module.fedtailor_layer = number  # type: ignore[assignment]
+    config = PrefixTuningConfig(task_type=TASKS.get(backbone.kind), **sizes)
+    layers, heads = sizes["num_layers"], sizes["num_attention_heads"]
 
     def around(own: nn.Module, params: Tree) -> AbstractContextManager[None]:
         table = params[PROMPT]
-        return attention.prefixed(table.view(-1, layers, 2, heads, dim).permute(1, 2, 3, 0, 4))
+        return attention.prefixed(table.view(-1, layers, 2, heads, table.shape[1] // (layers * 2 * heads)).permute(1, 2, 3, 0, 4))
 
-    names = dict(backbone.model.named_parameters())
-    paths = {n: n.removeprefix("base_model.model.") for n in technique.init if n != PROMPT}
-    assert paths.values() <= names.keys(), "a head that the model lacks"
-    return technique._replace(bind=binder(backbone.model, paths, around=around))
+    named = {f"base_model.{n}": p for n, p in backbone.model.named_parameters() if n.split(".")[0] in HEADS}
+    initial = {**detached(named), PROMPT: torch.zeros(sizes["num_virtual_tokens"], layers * 2 * sizes["token_dim"])}
+    bind = binder(backbone.model, {n: n.removeprefix("base_model.") for n in named}, around=around)
+
+    def save(tree: Tree, folder: Path) -> None:
+        _write(backbone, tree, initial, config, 1.0, folder)
+
+    def merge(tree: Tree, folder: Path) -> None:
+        raise _unmergeable(config.peft_type)
+
+    return Technique("prefix", backbone, initial, _fixed, bind, save, merge)
 
 
 def head(backbone: Backbone) -> Technique:
     """Only the classification head. Exported as a LoRA of rank 1 that is zero, because PEFT has no adapter without one."""
-    technique = lora(backbone, rank=1, target=_targets(backbone))
+    technique = lora(backbone, rank=1)
     inside = {name: value for name, value in technique.init.items() if ".lora_" not in name}
     if not inside:
         raise ConfigError("technique 'head' needs a model with a classification head: use 'lora' for language models")
@@ -140,7 +161,11 @@ def peft(backbone: Backbone, **config: Any) -> Technique:
     config = {"task_type": TASKS.get(backbone.kind), **config}
     heads = [n for n, _ in backbone.model.named_children() if n in HEADS]
     learns_prompt = config["peft_type"] in ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
-    if backbone.kind == "image" and not learns_prompt:
+    if learns_prompt and backbone.kind == "image":
+        raise ConfigError(f"technique '{config['peft_type']}' is for text models: use technique 'prefix' for images")
+    if config["peft_type"] == "PREFIX_TUNING" and not _takes_cache(backbone.model):
+        raise ConfigError("PEFT's PREFIX_TUNING needs past_key_values, which this model lacks: use technique 'prefix'")
+    if backbone.kind == "image":
         config.setdefault("modules_to_save", heads)
     try:
         with quiet(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
@@ -148,18 +173,12 @@ def peft(backbone: Backbone, **config: Any) -> Technique:
             torch.manual_seed(0)
             # A copy of the modules, not of the tensors: PEFT changes the model that it is given.
             base = _shallow(backbone.model)
-            wrap = dict(config)
-            if learns_prompt and wrap["task_type"] is None:
-                wrap["task_type"] = "FEATURE_EXTRACTION"  # images: PEFT has no task for them; our attention carries the prefix
-            model = get_peft_model(base, get_peft_config(wrap)).eval()
+            model = get_peft_model(base, get_peft_config(dict(config))).eval()
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ConfigError(f"technique '{config['peft_type']}' does not fit this model: {str(error).splitlines()[0]}") from error
     peft_config = model.peft_config["default"]
     saved = get_peft_model_state_dict(model)
     paths = _paths(model, saved)
-    if backbone.kind == "image" and learns_prompt:
-        names = [n for n, _ in backbone.model.named_parameters() if n.split(".")[0] in heads]
-        paths |= {f"base_model.model.{n}": f"base_model.{n}" for n in names}
     parameters = dict(model.named_parameters())
     initial = detached({name: parameters[path] for name, path in paths.items()})
     model.requires_grad_(False)
@@ -174,27 +193,27 @@ def peft(backbone: Backbone, **config: Any) -> Technique:
         return _at_length(own, params[PROMPT].shape[0])
 
     def save(tree: Tree, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        out, own_config = _exportable(tree, initial, peft_config, scaling)
-        own_config.base_model_name_or_path = backbone.source
-        own_config.inference_mode = True
-        own_config.save_pretrained(str(folder))
-        save_file({name: t.contiguous() for name, t in out.items()}, str(folder / "adapter_model.safetensors"), {"format": "pt"})
-        backbone.processor.save_pretrained(str(folder))
-        (folder / "labels.json").write_text(json.dumps(backbone.labels, indent=1), encoding="utf-8")
+        _write(backbone, tree, initial, peft_config, scaling, folder)
 
     def merge(tree: Tree, folder: Path) -> None:
         from peft import PeftModel
 
         if not hasattr(model.base_model, "merge_and_unload"):
-            raise ConfigError(f"a {config['peft_type'].lower()} adapter cannot be merged into the weights: export it without --merge")
+            raise _unmergeable(config["peft_type"])
         with quiet():
             import tempfile
 
             with tempfile.TemporaryDirectory() as temporary:
                 save(tree, Path(temporary))
                 loaded = PeftModel.from_pretrained(copy.deepcopy(backbone.model), temporary)
-                write_folder(backbone, loaded.merge_and_unload(), folder)
+                # Not merge_and_unload: for some methods it stumbles over a head of several layers (RoBERTa's).
+                loaded.merge_adapter()
+                names = {
+                    n.replace(".base_layer.", ".").replace(".modules_to_save.default.", "."): p
+                    for n, p in loaded.base_model.model.named_parameters()
+                }
+                plain = {n for n, _ in backbone.model.named_parameters()}
+                write_model(backbone, {n: p.detach() for n, p in names.items() if n in plain}, folder)
 
     def resized(rank: int) -> Tree:
         if config["peft_type"] != "LORA":
@@ -217,19 +236,37 @@ def _length(length: int) -> int:
     return length
 
 
-def _targets(backbone: Backbone) -> list[str]:
-    """The names of query and value projections of this model.
+def _targets(backbone: Backbone, usual: set[str], asked: list[str] | None = None) -> list[str]:
+    """The layers asked for, or those of this model that have a usual name.
 
     Raises:
-        ConfigError: none is found; lists the linear layers there are.
+        ConfigError: there is none; names the linear layers there are.
     """
-    linear = {
-        name.rpartition(".")[2] for name, module in backbone.model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")
-    }
-    found = sorted(linear & QUERY_VALUE)
+    modules = dict(backbone.model.named_modules())
+    linear = {name.rpartition(".")[2] for name, module in modules.items() if type(module).__name__ in ("Linear", "Conv1D")}
+    for name in asked or []:
+        if not any(f".{module}".endswith(f".{name}") for module in modules):
+            raise ConfigError(f"technique.target: this model has no layer '{name}': {nearest(name, linear)}")
+    found = asked or sorted(linear & usual)
     if not found:
-        raise ConfigError(f"technique.target: no query or value projection found; choose among {', '.join(sorted(linear))}")
+        raise ConfigError(f"technique.target: none of the usual layers found; choose one of: {', '.join(sorted(linear))}")
     return found
+
+
+def _unmergeable(peft_type: str) -> ConfigError:
+    return ConfigError(f"a {peft_type.lower()} adapter cannot be merged into the weights: export it without --merge")
+
+
+def _write(backbone: Backbone, tree: Tree, initial: Tree, config: Any, scaling: float, folder: Path) -> None:
+    """The folder that PeftModel.from_pretrained reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    out, own = _exportable(tree, initial, config, scaling)
+    own.base_model_name_or_path = backbone.source
+    own.inference_mode = True
+    own.save_pretrained(str(folder))
+    save_file({name: t.contiguous() for name, t in out.items()}, str(folder / "adapter_model.safetensors"), {"format": "pt"})
+    backbone.processor.save_pretrained(str(folder))
+    (folder / "labels.json").write_text(json.dumps(backbone.labels, indent=1), encoding="utf-8")
 
 
 def _takes_cache(model: nn.Module) -> bool:
@@ -255,7 +292,9 @@ def _paths(model: nn.Module, saved: dict[str, Tensor]) -> dict[str, str]:
         paths[PROMPT] = left[0]  # PEFT saves a copy of the table
         left = []
     if left:
-        raise ConfigError(f"technique: PEFT trains '{left[0]}' but does not save it: it cannot be exchanged; leave that option out")
+        raise ConfigError(
+            f"technique: PEFT trains '{left[0]}' but does not save it, so it cannot be exchanged: leave that option out"
+        )
     return paths
 
 
@@ -268,7 +307,9 @@ def _at_length(own: nn.Module, length: int) -> Iterator[None]:
 
 def _exportable(tree: Tree, initial: Tree, config: Any, scaling: float) -> tuple[dict[str, Tensor], Any]:
     """(tensors to save, PEFT's configuration for them): sizes follow the tree, a merged delta becomes extra ranks."""
-    out = {name: tree.get(name, value) for name, value in initial.items()}  # e.g. FFA's A is never sent
+    out: dict[str, Tensor] = {
+        name: tree[name] if name in tree else value for name, value in initial.items()
+    }  # e.g. FFA's A is never sent
     config = copy.deepcopy(config)
     if PROMPT in out:
         config.num_virtual_tokens = out[PROMPT].shape[0]
