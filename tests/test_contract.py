@@ -27,12 +27,13 @@ class Case(NamedTuple):
     topts: Mapping[str, Any] = {}
     plan: Plan = PLAN
     sizes: Mapping[str, int] | None = None  # ranks or lengths by client
-    redundant: tuple[str, ...] = ()  # parts of the state that are determined only up to a rotation
+    redundant: tuple[str, ...] = ()  # parts of the state that only the exact bits determine: factors up to a rotation, and
+    # moments of differences of nearly equal numbers
 
 
 CASES: dict[str, Case] = {
     "asynchronous": Case({"buffer": 2}),
-    "fedadagrad": Case({"tau": 0.1}, technique="prefix", topts={"length": 2}, plan=SGD),
+    "fedadagrad": Case({"tau": 0.1}, technique="prefix", topts={"length": 2}, plan=SGD, redundant=("optimizer",)),
     "fedadam": Case(technique="prompt", topts={"length": 2}),
     "fedavg": Case(technique="full", plan=SGD),
     "fedavgm": Case(technique="head"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,7 +98,7 @@ def build(experiment: Experiment) -> World:
         clients=len(clients),
         device=device,
     )
-    factory = choose(ALGORITHMS, "algorithm", experiment.algorithm.kind)
+    factory = algorithm_named(experiment.algorithm.kind)
     algorithm = factory(job, **checked(factory, "algorithm", experiment.algorithm.options, "job"))
     labels = np.asarray(source.train["label"]) if source.labels else np.zeros(len(source.train), dtype=int)
     counts = describe({c: s.train for c, s in clients.items()}, labels)
@@ -134,6 +136,31 @@ def choose(registry: Mapping[str, Any], section: str, kind: str) -> Any:
     if kind not in registry:
         raise ConfigError(f"unknown {section}.kind '{kind}': {nearest(kind, registry)}")
     return registry[kind]
+
+
+def algorithm_named(kind: str) -> Callable[..., Algorithm]:
+    """A registered algorithm, or the function in a file of the user's own: "path/to/file.py:function".
+
+    Raises:
+        ConfigError: no such algorithm, file or function.
+    """
+    path, found, name = kind.rpartition(":")
+    if not found:
+        return choose(ALGORITHMS, "algorithm", kind)  # type: ignore[no-any-return]
+    if not Path(path).is_file():
+        raise ConfigError(f"algorithm.kind '{kind}': there is no file '{path}' (seen from {Path.cwd()})")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (ImportError, SyntaxError) as error:
+        raise ConfigError(f"algorithm.kind '{kind}': '{path}' cannot be imported: {error}") from error
+    if not callable(getattr(module, name, None)):
+        functions = [n for n, v in vars(module).items() if inspect.isfunction(v)]
+        raise ConfigError(f"algorithm.kind '{kind}': '{path}' has no function '{name}': {nearest(name, functions)}")
+    return getattr(module, name)  # type: ignore[no-any-return]
 
 
 def checked(factory: Callable[..., Any], section: str, options: Mapping[str, Any], first: str) -> dict[str, Any]:

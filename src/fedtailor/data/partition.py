@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import inspect
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedtailor.config import ClientsSection
-from fedtailor.core import seed_of
-from fedtailor.data.sources import Rows
 from fedtailor.errors import ConfigError, DataError, nearest
+
+if TYPE_CHECKING:  # at run time they load torch, which the process that draws has no use for
+    from fedtailor.config import ClientsSection
+    from fedtailor.data.sources import Rows
 
 
 def _flwr() -> Any:
+    """flwr_datasets.partitioner without its package's __init__, which draws in seaborn and matplotlib: half the time and memory."""
+    spec = importlib.util.find_spec("flwr_datasets")
+    if spec and "flwr_datasets" not in sys.modules:
+        sys.modules["flwr_datasets"] = importlib.util.module_from_spec(spec)  # knows where its parts are; its own code never runs
     import flwr_datasets.partitioner
 
     return flwr_datasets.partitioner
@@ -42,6 +49,12 @@ def pathological(count: int, seed: int, classes: int = 2) -> Any:
 def shard(count: int, seed: int, shards: int = 2) -> Any:
     """Rows sorted by label, cut into shards; each client gets so many (McMahan et al. 2017)."""
     return _flwr().ShardPartitioner(count, "label", num_shards_per_partition=shards, seed=seed)
+
+
+def inner_dirichlet(count: int, seed: int, alpha: float = 0.5, rows: int | None = None) -> Any:
+    """Label skew with equal sizes: each client draws its own class mix from Dirichlet(alpha) (Acar et al. 2021)."""
+    sizes = [len(part) for part in np.array_split(np.arange(rows or 0), count)]
+    return _flwr().InnerDirichletPartitioner(sizes, "label", alpha, seed=seed)
 
 
 def linear(count: int, seed: int) -> Any:
@@ -68,35 +81,32 @@ PARTITIONS: Mapping[str, Callable[..., Any]] = {
     "dirichlet": dirichlet,
     "exponential": exponential,
     "iid": iid,
+    "inner_dirichlet": inner_dirichlet,
     "linear": linear,
     "natural": natural,
     "pathological": pathological,
     "shard": shard,
     "square": square,
 }
-NEEDS_LABELS = ("dirichlet", "pathological", "shard")
+NEEDS_LABELS = ("dirichlet", "inner_dirichlet", "pathological", "shard")
+GIVEN = ("count", "seed", "rows")  # what the data and the experiment say; a builder's other parameters are its options
 
 
 def split(rows: Rows, clients: ClientsSection, seed: int) -> dict[str, np.ndarray]:
     """client -> its row numbers in `rows`.
 
     Raises:
-        ConfigError: unknown kind or option. DataError: too few rows, or a split that leaves a client empty.
+        ConfigError: unknown kind or option, or an option of a wrong type or size, or no such column.
+        DataError: too few rows, a split that leaves a client empty, a natural column with gaps.
     """
-    kind, options = clients.partition.kind, clients.partition.options
+    kind = clients.partition.kind
     if kind not in PARTITIONS:
         raise ConfigError(f"unknown clients.partition.kind '{kind}': {nearest(kind, PARTITIONS)}")
-    known = [n for n in inspect.signature(PARTITIONS[kind]).parameters if n not in ("count", "seed")]
-    for name in options:
-        if name not in known:
-            hint = nearest(name, known) if known else "it has no options"
-            raise ConfigError(f"unknown key 'clients.partition.{name}' for partition '{kind}': {hint}")
-    if not float(options.get("alpha", 1)) > 0:
-        raise ConfigError(f"clients.partition.alpha must be positive (got {options['alpha']})")
+    options = _checked(kind, clients.partition.options)
     if kind in NEEDS_LABELS and "label" not in rows.column_names:
         raise ConfigError(f"partition '{kind}' needs class labels, which this data has not: choose iid or natural")
     if kind == "natural":
-        return _natural(rows, str(options.get("column", "client")), clients.count)
+        return _natural(rows, options["column"], clients.count)
     if clients.count > len(rows):
         raise DataError(
             f"clients.count = {clients.count}, but there are only {len(rows)} training rows: set it to {len(rows)} or less"
@@ -111,22 +121,40 @@ def split(rows: Rows, clients: ClientsSection, seed: int) -> dict[str, np.ndarra
     return {f"client-{k:0{width}d}": part for k, part in enumerate(parts)}
 
 
-def _drawn(rows: Rows, kind: str, count: int, seed: int, options: Mapping[str, Any]) -> list[np.ndarray]:
-    """Drawn in a process of its own: flwr-datasets loads plotting and table libraries (140 MB) that nothing else here needs."""
+def _checked(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The builder's options with its defaults; every number among them is positive."""
+    parameters = inspect.signature(PARTITIONS[kind]).parameters
+    out = {name: p.default for name, p in parameters.items() if name not in GIVEN}
+    for name, value in given.items():
+        key = f"clients.partition.{name}"
+        if name not in out:
+            raise ConfigError(f"unknown key '{key}' for partition '{kind}': {nearest(name, out) if out else 'it has no options'}")
+        wanted = type(out[name])
+        if type(value) is not wanted and not (wanted is float and type(value) is int):
+            raise ConfigError(
+                f"'{key}' should be {'a whole number' if wanted is int else f'a {wanted.__name__}'} (got {value!r})"
+            )
+        if wanted in (int, float) and not 0 < value < math.inf:
+            raise ConfigError(f"'{key}' must be positive (got {value})")
+        out[name] = value
+    return out
+
+
+def _drawn(rows: Rows, kind: str, count: int, seed: int, options: dict[str, Any]) -> list[np.ndarray]:
+    """Drawn in a process of its own: flwr-datasets loads table libraries (90 MB) that nothing else here needs."""
+    from fedtailor.core import seed_of
+
     asked = {
         "kind": kind,
         "count": count,
         "seed": seed_of(seed, "partition") % 2**31,
-        "options": dict(options),
+        "options": options,
         "rows": len(rows),
-        "labels": list(rows["label"]) if "label" in rows.column_names else None,
+        "labels": [int(k) for k in rows["label"]] if "label" in rows.column_names else None,
     }
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "fedtailor.data.partition"],
-        input=json.dumps(asked),
-        capture_output=True,
-        text=True,
-    )
+    # -P: a file that happens to lie in the working directory must not stand in for a library.
+    command = [sys.executable, "-P", "-W", "ignore", "-m", "fedtailor.data.partition"]
+    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise DataError(f"partition '{kind}' cannot be drawn for {count} clients and {len(rows)} rows: {last}")
@@ -139,8 +167,12 @@ def draw(kind: str, count: int, seed: int, options: Mapping[str, Any], rows: int
 
     # Rows in a random order of our own: some partitioners cut in order.
     order = np.random.default_rng(seed).permutation(rows)
-    table = {"row": order} | ({"label": np.asarray(labels)[order]} if labels is not None else {})
-    partitioner = PARTITIONS[kind](count, seed, **options)
+    table = {"row": order}
+    if labels is not None:  # numbered without gaps: one partitioner counts classes and takes them for 0..n-1
+        table["label"] = np.unique(labels, return_inverse=True)[1][order]
+    given = {"count": count, "seed": seed, "rows": rows}
+    needed = inspect.signature(PARTITIONS[kind]).parameters
+    partitioner = PARTITIONS[kind](**{name: given[name] for name in GIVEN if name in needed}, **options)
     partitioner.dataset = Dataset.from_dict(table)
     return [sorted(partitioner.load_partition(k)["row"]) for k in range(count)]
 
@@ -148,6 +180,9 @@ def draw(kind: str, count: int, seed: int, options: Mapping[str, Any], rows: int
 def _natural(rows: Rows, column: str, count: int) -> dict[str, np.ndarray]:
     if column not in rows.column_names:
         raise ConfigError(f"clients.partition.column '{column}' is no column: {nearest(column, rows.column_names)}")
+    for row, value in enumerate(rows[column], 1):
+        if value is None or value == "":
+            raise DataError(f"clients.partition.column '{column}' is empty in training row {row}: every row needs its owner")
     values = np.asarray([str(v) for v in rows[column]])
     names, sizes = np.unique(values, return_counts=True)
     if count > len(names):

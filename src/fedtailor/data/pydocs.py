@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ast
 import sysconfig
+import warnings
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,9 +20,9 @@ CHAPTERS: dict[str, str] = {
     "numbers and functions": """numbers math cmath decimal _pydecimal fractions random statistics itertools functools operator""",
     "files and storage": """pathlib os posixpath ntpath genericpath fileinput stat filecmp tempfile glob fnmatch linecache shutil pickle
         pickletools shelve marshal dbm sqlite3 zlib gzip bz2 lzma zipfile tarfile _compression csv configparser tomllib netrc plistlib xdrlib
-        posixpath macpath""",
+        macpath""",
     "operating system": """io _pyio time argparse optparse getopt logging getpass curses platform errno ctypes signal mmap pty tty pipes
-        subprocess posix pwd sched crypt syslog nturl2path _osx_support _aix_support webbrowser""",
+        subprocess posix pwd sched crypt syslog _osx_support _aix_support webbrowser""",
     "concurrency": """threading _threading_local multiprocessing concurrent queue contextvars asyncio dummy_threading _dummy_thread""",
     "networking and internet": """socket ssl select selectors asyncore asynchat smtpd urllib http ftplib poplib imaplib nntplib smtplib
         telnetlib socketserver xmlrpc ipaddress cgi cgitb wsgiref uuid hashlib hmac secrets""",
@@ -29,9 +31,9 @@ CHAPTERS: dict[str, str] = {
         shlex""",
     "development and packaging": """typing pydoc doctest unittest test 2to3 lib2to3 pdb bdb faulthandler profile pstats cProfile timeit trace
         tracemalloc distutils ensurepip venv zipapp pyclbr py_compile compileall tabnanny tokenize token keyword symtable ast dis
-        opcode tabnanny pickletools""",
+        opcode""",
     "runtime": """sys sysconfig builtins warnings dataclasses contextlib abc _abc _py_abc atexit traceback gc inspect site code codeop zipimport
-        pkgutil modulefinder runpy importlib __future__ _bootlocale _sitebuiltins _collections_abc nturl2path antigravity this imp""",
+        pkgutil modulefinder runpy importlib __future__ _bootlocale _sitebuiltins nturl2path antigravity this imp""",
 }
 SKIPPED = {"site-packages", "test", "tests", "__pycache__", "idle_test", "lib-dynload", "config"}
 LABELS = sorted(CHAPTERS)
@@ -43,10 +45,12 @@ def pydocs() -> dict[str, list[object]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     columns: dict[str, list[object]] = {"text": [], "label": [], "module": []}
     seen: set[str] = set()
-    for path in sorted(root.rglob("*.py")):
+    packages = [p for p in root.iterdir() if p.is_dir() and p.name in chapter]
+    files = [p for p in root.glob("*.py") if p.stem in chapter] + [p for package in packages for p in package.rglob("*.py")]
+    for path in sorted(files):
         parts = path.relative_to(root).parts
         module = parts[0].removesuffix(".py")
-        if module not in chapter or SKIPPED & set(parts[:-1]):
+        if SKIPPED & set(parts[:-1]):
             continue
         for text in _sentences(path):
             if text not in seen:
@@ -59,12 +63,25 @@ def pydocs() -> dict[str, list[object]]:
 def _sentences(path: Path) -> Iterator[str]:
     """The first sentence of each docstring of a source file; three words at least, so that there is something to read."""
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about escapes in the library's own strings
+            tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
     except SyntaxError:  # the library ships files that are wrong on purpose
         return
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             paragraph = (ast.get_docstring(node) or "").split("\n\n")[0]
             text = " ".join(paragraph.split()).split(". ")[0].rstrip(".")
             if len(text.split()) >= 3 and not text.startswith(">>>"):
                 yield text
+
+
+def _statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """What `ast.walk` yields, in its order, without the expressions: they are most of a tree and hold no docstring."""
+    todo = deque([tree])
+    while todo:
+        node = todo.popleft()
+        yield node
+        for part in ("body", "handlers", "orelse", "finalbody", "cases"):
+            below = getattr(node, part, None)
+            todo.extend(below if isinstance(below, list) else ())

@@ -18,7 +18,7 @@ TOKENS = 640
 """Tokens in a stacked step on a CPU: more is no faster and takes memory for activations (docs/performance.md)."""
 LARGE = 4_000_000
 """Trained numbers above which clients are trained one by one."""
-PREDICTED = 2048
+PREDICTED = 1024
 """Tokens in a batch of Predict."""
 
 Answers = dict[ClientId, Any]
@@ -35,7 +35,7 @@ class Workers:
         self, bind: Callable[[bool], Forward], count: int, device: str = "cpu", flops: Flops = no_flops, group: int = 0
     ) -> None:
         self.device, self.flops, self.group, self.count = device, flops, group, count
-        self.tokens = 2 * TOKENS if device == "cpu" and not group else 0
+        self.tokens = TOKENS if device == "cpu" and not group else 0
         self._bind = bind
         self._forwards: dict[bool, queue.SimpleQueue[Forward]] = {}
         self._pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) if count > 1 else None

