@@ -429,7 +429,7 @@ WRONG: dict[str, tuple[Callable[[Path], str], dict[str, Any], str]] = {
         r"tset.csv' does not exist: did you mean 'test.csv'\?",
     ),
     "missing split": (many({"train.csv": GOOD, "dev.csv": GOOD}), {"test": "dve"}, r"has no split 'dve': did you mean 'dev'\?"),
-    "no split at all": (lambda folder: "pydocs", {"test": "test"}, r"no split 'test': name a file \(.*\) or a fraction"),
+    "no split at all": (written("d.csv", GOOD), {"test": "test"}, r"no split 'test': name a file \(.*\) or a fraction"),
     "no train file": (many({"a.csv": GOOD, "b.csv": GOOD}), {}, r"has no file named train among a.csv, b.csv: name one of them"),
     "columns differ": (
         many({"train-0-of-2.csv": GOOD, "train-1-of-2.csv": GOOD.replace("label", "y")}),
@@ -485,9 +485,9 @@ def test_an_unreadable_image_is_named(tmp_path: Path, data: bytes) -> None:
     files = photographs(False) | {"dog/broken.jpg": data}
     for path in (zipped(tmp_path / "z.zip", files), unpacked(tmp_path / "f", files)):
         source = read(path)
+        images = Rows({name: source.train[name] + source.test[name] for name in ("image", "label")})
         with pytest.raises(DataError, match=r"image '.*dog/broken.jpg' cannot be read"):
-            for rows in (source.train, source.test):
-                encode(rows, "image", shades, 0)
+            encode(images, "image", shades, 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------- embedded

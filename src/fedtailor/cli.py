@@ -5,18 +5,20 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
 from fedtailor import __version__
-from fedtailor.errors import ConfigError, FedtailorError, nearest
+from fedtailor.errors import ConfigError, DataError, FedtailorError, RunError, nearest
 
 # Heavy imports (torch, transformers) stay inside the commands: `--help` and a wrong flag answer at once.
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 err = Console(stderr=True, highlight=False)
+USAGE: Any = typer.BadParameter.__mro__[1]  # UsageError of the click that this typer uses: its own, or the package
 
 As_json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on standard output.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: section.key=value (repeatable).")]
@@ -98,11 +100,16 @@ def evaluate(run: RunFolder, as_json: As_json = False) -> None:
     from fedtailor.run import SUMMARY, reopen
     from fedtailor.run import evaluate as judge
 
-    world, engine, state, _ = reopen(run)
-    scores = judge(world, engine, state, world.experiment.rounds)
-    engine.close()
     path = run / SUMMARY
-    summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON: {error}") from error
+    world, engine, state, _ = reopen(run)
+    try:
+        scores = judge(world, engine, state, world.experiment.rounds)
+    finally:
+        engine.close()
     result = {
         **summary,
         **{k: v for k, v in scores.items() if not k.startswith("clients") or k in ("clients_mean", "clients_worst_decile")},
@@ -150,7 +157,10 @@ def export(
     world, engine, state, states = reopen(run)
     engine.close()
     tree = tree_of(world, state, states, client)
-    (world.technique.merge if merge else world.technique.save)(tree, to)
+    try:
+        (world.technique.merge if merge else world.technique.save)(tree, to)
+    except OSError as error:
+        raise RunError(f"cannot write to '{to}': {error.strerror}") from error
     print(json.dumps({"run": str(run), "to": str(to), "merged": merge}) if as_json else to)
 
 
@@ -266,14 +276,32 @@ def _table(console: Console, head: list[str], body: list[list[str]]) -> None:
 
 def main() -> None:
     """The entry point: every failure that a user can act on is one line and its documented exit code."""
+    if not sys.warnoptions:  # about calls between third parties: nobody here can act on them
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
-        app()
+        code = app(standalone_mode=False)  # else typer would explain wrong usage in four lines, and an interrupt in none
+    except USAGE as error:
+        if error.format_message().count("\n"):  # no arguments at all: the help
+            error.show()
+            sys.exit(error.exit_code)
+        _fail(_usage(error), error.exit_code)
     except FedtailorError as error:
-        err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
+        code = 130
+    if code == 130:
         err.print("interrupted: the last checkpoint is kept; add --resume to go on", soft_wrap=True)
-        sys.exit(130)
+    sys.exit(code or 0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    err.print(f"error: {' '.join(message.splitlines())}", style="red", markup=False, soft_wrap=True)
+    sys.exit(code)
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with the command line, and where its help is."""
+    return f"{error.format_message().rstrip('.')} (see {error.ctx.command_path if error.ctx else 'fedtailor'} --help)"
 
 
 if __name__ == "__main__":

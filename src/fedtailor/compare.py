@@ -45,6 +45,9 @@ def cases(experiment: Experiment) -> Iterator[Case]:
         ConfigError: a varied key that does not exist, or a value that it cannot have.
     """
     section = experiment.compare
+    for key, options in section.vary.items():
+        if not options:
+            raise ConfigError(f"compare.vary: '{key}' has no values: list some or leave it out")
     grid = [dict(zip(section.vary, values, strict=True)) for values in itertools.product(*section.vary.values())]
     variants = [{**one, **other} for one in section.sets or [{}] for other in grid]
     seen: set[tuple[str, int]] = set()

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from fedtailor.core import Plan
 from fedtailor.errors import ConfigError, nearest
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class OpenSection(BaseModel):
@@ -72,8 +72,8 @@ class ClientsSection(Section):
     valid: float = Field(0.1, ge=0, lt=1, description="fraction kept for validation")
     devices: list[DeviceSection] = []
     deadline: float = Field(0, ge=0, description="seconds on the virtual clock after which a reply is too late; 0: none")
-    ranks: list[int] = Field([], description="LoRA ranks, dealt to the clients in turn")
-    lengths: list[int] = Field([], description="prefix or prompt lengths, dealt to the clients in turn")
+    ranks: list[PositiveInt] = Field([], description="LoRA ranks, dealt to the clients in turn")
+    lengths: list[PositiveInt] = Field([], description="prefix or prompt lengths, dealt to the clients in turn")
 
 
 class TechniqueSection(OpenSection):

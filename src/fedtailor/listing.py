@@ -31,8 +31,9 @@ def _techniques() -> list[dict[str, Any]]:
 
 def _algorithms() -> list[dict[str, Any]]:
     from fedtailor.algorithms import ALGORITHMS
+    from fedtailor.simulation import CODE
 
-    return _described(ALGORITHMS, ("job", "server_opt", "loss"))
+    return _described(ALGORITHMS, ("job", *CODE))
 
 
 def _datasets() -> list[dict[str, Any]]:

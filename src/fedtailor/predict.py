@@ -7,6 +7,7 @@ from typing import Any
 
 from fedtailor.core import Predict, Tree, stream
 from fedtailor.engines.answering import answer
+from fedtailor.engines.local import Local
 from fedtailor.engines.states import States
 from fedtailor.errors import ConfigError, DataError, nearest
 from fedtailor.metrics import scores
@@ -34,15 +35,20 @@ def tree_of(world: World, state: Tree, states: States, client: str | None) -> Tr
 
 def predict(run: Path, texts: list[str], client: str | None = None) -> list[dict[str, Any]]:
     """[{text, label, index, scores}] for classes; for language models `label` is the continuation."""
+    world, engine, state, states = reopen(run)
+    try:
+        return _predicted(world, engine, tree_of(world, state, states, client), texts)
+    finally:
+        engine.close()
+
+
+def _predicted(world: World, engine: Local, tree: Tree, texts: list[str]) -> list[dict[str, Any]]:
     from fedtailor.data.encode import encode
     from fedtailor.data.examples import Subset
     from fedtailor.data.sources import Rows
 
-    world, engine, state, states = reopen(run)
-    tree = tree_of(world, state, states, client)
     kind = world.backbone.kind
     if kind in ("language", "instruction"):
-        engine.close()
         return _continued(world, tree, texts)
     columns: dict[str, list[Any]] = {"label": [0] * len(texts)}
     if kind == "image":
@@ -64,7 +70,6 @@ def predict(run: Path, texts: list[str], client: str | None = None) -> list[dict
     store = encode(Rows(columns), kind, world.backbone.processor, world.experiment.data.max_length)
     ask = Predict(scores, tree, Subset(store, range(store.rows)))
     found = answer({"you": ask}, engine.workers, lambda c: stream(0), False)["you"]["scores"]
-    engine.close()
     best = found.argmax(1).tolist()
     return [
         {"text": text, "label": world.labels[i], "index": i, "scores": row.tolist()}

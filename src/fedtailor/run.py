@@ -47,9 +47,11 @@ def run(experiment: Experiment, out: Path, resume: bool = False, watch: Watch = 
         ConfigError: `out` holds another run, or the experiment to be resumed differs.
         DataError, RunError: see errors.py.
     """
-    prepare_folder(experiment, out, resume)
+    check_folder(experiment, out, resume)
+    check_trackers(experiment)
     watch.stage("loading data and model")
     world = build(experiment)
+    make_folder(experiment, out)  # only now: a mistake in the experiment leaves nothing behind
     with wire_errors(out):
         return _run(world, out, watch)
 
@@ -58,6 +60,8 @@ def _run(world: World, out: Path, watch: Watch) -> dict[str, Any]:
     experiment, algorithm = world.experiment, world.algorithm
     started, clients = time.perf_counter(), sorted(world.clients)
     states, ledger = States(out / "state"), Ledger()
+    before = states.resume()
+    tracker = _tracker(experiment, out)
     engine = Local(
         algorithm,
         world.sites,
@@ -72,17 +76,16 @@ def _run(world: World, out: Path, watch: Watch) -> dict[str, Any]:
         notice=watch.notice,
         progress=watch.client,
     )
-    before = states.resume()
-    done, state, elapsed = 0, algorithm.init(world.technique.init), 0.0
-    if before:
-        done, state, carried, kept = before
-        engine.load(carried)
-        ledger.load(kept)
-        elapsed = kept["elapsed"]
-        watch.notice(f"resuming after round {done}")
-    _keep_rounds(out / ROUNDS, done)
-    tracker = _tracker(experiment, out)
+    done, state, earlier = 0, algorithm.init(world.technique.init), 0.0
     try:
+        if before:
+            done, state, carried, kept = before
+            engine.load(carried)
+            ledger.load(kept)
+            earlier = kept["elapsed"]
+            watch.notice(f"resuming after round {done}")
+        elapsed = earlier
+        _keep_rounds(out / ROUNDS, done)
         for number in range(done + 1, experiment.rounds + 1):
             watch.stage(f"round {number}/{experiment.rounds}")
             begun = time.perf_counter()
@@ -102,7 +105,7 @@ def _run(world: World, out: Path, watch: Watch) -> dict[str, Any]:
             watch.round(line)
         watch.stage("evaluating on the test sets")
         summary = _finish(world, engine, state, states, ledger, elapsed, out)
-        summary["seconds_total"] = elapsed + time.perf_counter() - started - (elapsed if not done else 0.0)
+        summary["seconds_total"] = earlier + time.perf_counter() - started
     finally:
         engine.close()
         tracker(None, 0)
@@ -127,24 +130,46 @@ def workers(world: World) -> Workers:
     return Workers(world.technique.bind, count, world.device, world.flops, group)
 
 
-def prepare_folder(experiment: Experiment, out: Path, resume: bool) -> None:
-    """Make the run folder, or check that it holds this very experiment."""
-    resolved = tomli_w.dumps(plain(experiment))
+def check_folder(experiment: Experiment, out: Path, resume: bool) -> None:
+    """The folder is free, or it holds this very experiment and is to be resumed. A run without a checkpoint is none yet.
+
+    Raises:
+        ConfigError: it is a file, or holds something else. RunError: it holds a corrupt checkpoint.
+    """
     path = out / EXPERIMENT
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out '{out}' is a file: name a folder")
-    if path.exists() and not resume:
+    begun = path.exists() and (out / "state" / MANIFEST).exists()
+    if begun and not resume:
         raise ConfigError(f"'{out}' already holds a run: add --resume to go on with it, or name another --out")
-    if path.exists():
+    if begun:
         ours, theirs = plain(experiment), plain(load(path))
         changed = [k for k in ours | theirs if ours.get(k) != theirs.get(k) and k not in ("rounds", "track")]
         if changed:
             raise ConfigError(f"'{out}' holds another experiment: section '{changed[0]}' differs; name another --out")
-    elif out.is_dir() and any(out.iterdir()) and not (out / "state").is_dir():
+        done = States(out / "state").resume()
+        if done and done[0] > experiment.rounds:
+            raise ConfigError(f"'{out}' is already at round {done[0]}: set rounds to {done[0]} or more, or name another --out")
+    elif out.is_dir() and any(out.iterdir()) and not path.exists():
         raise ConfigError(f"--out '{out}' is not empty and holds no run: name another folder")
+
+
+def check_trackers(experiment: Experiment) -> None:
+    """Accelerate would only warn of a tracker that is not installed, and log nothing."""
+    if experiment.track.to:
+        from accelerate.tracking import get_available_trackers
+
+        there = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
+        missing = [name for name in experiment.track.to if name not in there]
+        if missing:
+            raise ConfigError(f"track.to: '{missing[0]}' is not installed: pip install {missing[0]}, or leave it out")
+
+
+def make_folder(experiment: Experiment, out: Path) -> None:
+    resolved = tomli_w.dumps(plain(experiment))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        wire.atomically(path, lambda p: p.write_text(resolved, encoding="utf-8"))
+        wire.atomically(out / EXPERIMENT, lambda p: p.write_text(resolved, encoding="utf-8"))
         (out / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
     except OSError as error:
         raise RunError(f"cannot write to '{out}': {error.strerror}") from error

@@ -24,6 +24,7 @@ from fedtailor.losses import classification, language
 from fedtailor.metrics import Metric, metric
 from fedtailor.techniques import TECHNIQUES, Technique
 
+CODE = ("loss", "server_opt")  # parameters of an algorithm that are functions: set in code, never in a file
 BASELINES = ("pooled",)  # algorithms that train where the data is pooled: nothing crosses a wire
 
 
@@ -171,7 +172,7 @@ def checked(factory: Callable[..., Any], section: str, options: Mapping[str, Any
     """
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-    known = {n: p for n, p in inspect.signature(factory, eval_str=True).parameters.items() if n != first}
+    known = {n: p for n, p in inspect.signature(factory, eval_str=True).parameters.items() if n not in (first, *CODE)}
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
         return dict(options)
     out: dict[str, Any] = {}
@@ -194,12 +195,13 @@ def pick_device(wanted: str) -> str:
     """The device to use: CUDA where there is one, unless the experiment says otherwise."""
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(wanted).type
-    except RuntimeError as error:
-        raise ConfigError(f"engine.device '{wanted}' is no device: choose auto, cpu, cuda or cuda:N") from error
-    if kind == "cuda" and not torch.cuda.is_available():
+    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", wanted)
+    if not found:
+        raise ConfigError(f"engine.device '{wanted}' is no device: choose auto, cpu, cuda or cuda:N")
+    if wanted != "cpu" and not torch.cuda.is_available():
         raise ConfigError(f"engine.device '{wanted}': this machine has no CUDA; choose auto or cpu")
+    if int(found[1] or 0) >= max(torch.cuda.device_count(), 1):
+        raise ConfigError(f"engine.device '{wanted}': this machine has {torch.cuda.device_count()} CUDA devices, from cuda:0 on")
     return wanted
 
 

@@ -1,6 +1,6 @@
 """`pydocs`: a real data set that every Python carries: first sentences of the standard library's docstrings, by chapter.
 
-About 5,000 texts in 10 classes; the column `module` makes natural clients. Sources are parsed, never imported.
+About 7,700 texts (Python 3.11) in 10 classes; the column `module` makes natural clients. Sources are parsed, never imported.
 """
 
 from __future__ import annotations

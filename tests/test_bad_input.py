@@ -1,0 +1,480 @@
+"""Whatever a user gets wrong is one line on standard error (what, where, the nearest valid choice) and its exit code, no traceback."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from fedtailor import cli, wire
+
+WORDS = ("good", "bad", "fine")
+ROWS = [(f"{WORDS[k % 3]} w{k % 29} fox", WORDS[k % 3], f"u{k % 3}") for k in range(30)]
+GOOD = "text,label,user\n" + "".join(f"{text},{label},{user}\n" for text, label, user in ROWS)
+EXPERIMENT = """\
+name = "tiny"
+rounds = 1
+[model]
+name = "{model}"
+[data]
+name = "d.csv"
+[clients]
+count = 3
+partition = {{ kind = "natural", column = "user" }}
+[technique]
+kind = "lora"
+rank = 2
+[train]
+batch = 4
+"""
+USAGE, DATA, FAILED = 2, 3, 4
+
+
+class Case(NamedTuple):
+    command: str
+    code: int
+    words: tuple[str, ...]  # each stands in the error line
+    files: dict[str, str | bytes] = {}
+    prepare: Callable[[Path], object] = lambda folder: None
+
+
+def run(code: int, *words: str, prepare: Callable[[Path], object] = lambda folder: None, **sets: Any) -> Case:
+    """`fedtailor run` with these keys: dots are written as two underscores."""
+    changes = [f"{key.replace('__', '.')}={value}" for key, value in sets.items()]
+    return Case(
+        shlex.join(["run", "e.toml", *(word for change in changes for word in ("--set", change))]), code, words, prepare=prepare
+    )
+
+
+def data(name: str, content: str | bytes, *words: str, **sets: Any) -> Case:
+    """`fedtailor run` on this data file."""
+    return run(DATA, *words, data__name=name, **sets)._replace(files={name: content})
+
+
+def toml(text: str, *words: str) -> Case:
+    """`fedtailor run` of an experiment file with these lines in it."""
+    return Case("run x.toml", USAGE, words, {"x.toml": text})
+
+
+def flipped(folder: Path) -> None:
+    path = next(folder.glob("state/server-*.safetensors"))
+    blob = bytearray(path.read_bytes())
+    blob[-3] ^= 1
+    path.write_bytes(blob)
+
+
+def cut(folder: Path) -> None:
+    path = next(folder.glob("state/server-*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def model_without(name: str) -> Callable[[Path], object]:
+    def prepare(folder: Path) -> None:
+        source = folder / "e.toml"
+        model = source.read_text(encoding="utf-8").split('[model]\nname = "')[1].split('"')[0]
+        shutil.copytree(model, folder / "broken")
+        (folder / "broken" / name).unlink()
+
+    return prepare
+
+
+def images(folder: Path) -> None:
+    from PIL import Image
+
+    for k in range(12):
+        path = folder / "pictures" / WORDS[k % 2] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (k * 20, 0, 0)).save(path)
+
+
+def changed_state(change: Callable[[Path], object]) -> Callable[[Path], object]:
+    return lambda folder: change(folder / "done")
+
+
+def zip_of(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "z.zip", "w") as archive:
+        archive.writestr("readme.txt", "no image")
+
+
+def unwritable(folder: Path) -> None:
+    (folder / "file").write_text("", encoding="utf-8")
+
+
+CASES: dict[str, Case] = {
+    # ------------------------------------------------------------------------------------------------------ the command line
+    "unknown command": Case("runn e.toml", USAGE, ("No such command 'runn'", "'run'")),
+    "unknown flag": Case("run e.toml --resum", USAGE, ("No such option: --resum", "--resume", "run --help")),
+    "negative seed flag": Case("run e.toml --seed -1", USAGE, ("--seed", "greater than or equal to 0")),
+    "seed that is no number": Case("run e.toml --seed one", USAGE, ("--seed", "integer")),
+    "missing argument": Case("evaluate", USAGE, ("Missing argument", "evaluate --help")),
+    "export without --to": Case("export done", USAGE, ("--to", "export --help")),
+    "compare without experiment": Case("compare", USAGE, ("Missing argument",)),
+    "list of nonsense": Case("list algoritms", USAGE, ("algoritms", "did you mean 'algorithms'?")),
+    "set without =": Case("run e.toml --set rounds", USAGE, ("--set 'rounds'", "section.key=value")),
+    "set without key": Case("run e.toml --set =3", USAGE, ("--set '=3'", "section.key=value")),
+    "set through a value": Case("run e.toml --set rounds.x=3", USAGE, ("rounds.x", "'rounds' is a value, not a section")),
+    # ---------------------------------------------------------------------------------------------------- the experiment file
+    "no such experiment file": Case("run f.toml", USAGE, ("'f.toml' does not exist", "did you mean 'e.toml'?")),
+    "no such experiment name": Case("run ticker", USAGE, ("no experiment 'ticker'",), {"experiments/tickets.toml": ""}),
+    "compare: no such file": Case("compare f.toml", USAGE, ("'f.toml' does not exist",)),
+    "not TOML": toml("rounds = = 3\n", "x.toml", "not valid TOML", "line 1"),
+    "not text": Case("run x.toml", USAGE, ("x.toml", "not valid TOML"), {"x.toml": b"\xff\xfe\x00"}),
+    "unknown section": toml("rounds = 3\n[clints]\ncount = 3\n", "x.toml:2", "'clints'", "did you mean 'clients'?"),
+    "unknown key": toml("[train]\nbatch = 4\nlearn = 1\n", "x.toml:3", "unknown key 'train.learn'"),
+    "unknown top key": toml("round = 3\n", "x.toml:1", "'round'", "did you mean 'rounds'?"),
+    "unknown key of a device": toml(
+        '[[clients.devices]]\nname = "phone"\ngflop = 3\n', "x.toml:3", "gflop", "did you mean 'gflops'?"
+    ),
+    "wrong type": toml("[train]\nbatch = [4]\n", "x.toml:2", "'train.batch'", "integer"),
+    "section that is a value": toml("train = 3\n", "x.toml:1", "'train'"),
+    "zero rounds": run(USAGE, "'rounds'", "greater than or equal to 1", "(got 0)", rounds=0),
+    "negative rate": run(USAGE, "'train.lr'", "greater than 0", train__lr=-0.1),
+    "zero batch": run(USAGE, "'train.batch'", train__batch=0),
+    "rate that is a word": run(USAGE, "'train.lr'", "number", "'fast'", train__lr="fast"),
+    "no clients": run(USAGE, "'clients.count'", "(got 0)", clients__count=0),
+    "dropout of one": toml('[[clients.devices]]\nname = "a"\ndropout = 1.0\n', "x.toml:3", "dropout", "less than 1"),
+    "unknown optimizer": run(USAGE, "'train.optimizer'", "did you mean 'adam'?", train__optimizer="adamv"),
+    "unknown metric": run(USAGE, "'data.metric'", "did you mean 'accuracy'?", data__metric="acuracy"),
+    "unknown tracker": run(USAGE, "track.to", "tensorboard", track__to='["tensorbord"]'),
+    "name with a slash": run(USAGE, "'name'", "pattern", name="a/b"),
+    "no seeds to compare": Case("compare e.toml --set compare.seeds=[]", USAGE, ("'compare.seeds'", "at least 1")),
+    "unknown baseline": Case(
+        "compare e.toml --set \"compare.baselines=['poled']\"", USAGE, ("compare.baselines", "did you mean 'pooled'?")
+    ),
+    "unknown key to vary": Case(
+        "compare v.toml", USAGE, ("train.rate", "unknown key"), {"v.toml": '[compare.vary]\n"train.rate" = [1, 2]\n'}
+    ),
+    "impossible value to vary": Case(
+        "compare v.toml", USAGE, ("'train.lr'", "greater than 0"), {"v.toml": '[compare.vary]\n"train.lr" = [0.1, -1]\n'}
+    ),
+    "nothing to vary": Case("compare v.toml", USAGE, ("compare.vary", "train.lr"), {"v.toml": '[compare.vary]\n"train.lr" = []\n'}),
+    # ------------------------------------------------------------------------------------------- kinds and what they can take
+    "unknown technique": run(USAGE, "technique.kind 'lorra'", "did you mean 'lora'?", technique__kind="lorra"),
+    "unknown technique option": run(USAGE, "technique.rnk", "did you mean 'rank'?", technique__rnk=3),
+    "rank 0": run(USAGE, "technique.rank", "at least 1", technique__rank=0),
+    "negative rank": run(USAGE, "technique.rank", "at least 1", technique__rank=-2),
+    "rank that is a word": run(USAGE, "technique.rank", "'two'", technique__rank="two"),
+    "length 0": Case("run e.toml --set technique.kind=prefix --set technique.length=0", USAGE, ("technique.length", "at least 1")),
+    "unknown target": run(USAGE, "technique.target", "'qery'", "did you mean 'query'?", technique__target='["qery"]'),
+    "unknown PEFT method": Case(
+        "run e.toml --set technique.kind=peft --set technique.peft_type=LORRA", USAGE, ("technique.peft_type", "LORA")
+    ),
+    "prompt on images": Case(
+        "run e.toml --set technique.kind=prompt --set data.name=pictures --set model.name={vit} "
+        "--set clients.partition.kind=iid --set clients.count=2",
+        USAGE,
+        ("'prompt'", "'prefix' for images"),
+        prepare=images,
+    ),
+    "head on a causal model": Case(
+        "run e.toml --set technique.kind=head --set data.kind=language --set model.name={gpt2}",
+        USAGE,
+        ("'head'", "classification head"),
+    ),
+    "causal data on an encoder": run(DATA, "cannot be loaded for image data", data__name="pictures", prepare=images,
+                                     clients__partition__kind="iid", clients__count=2),
+    "ranks with prefix": Case(
+        "run e.toml --set technique.kind=prefix --set clients.ranks=[1,2]", USAGE, ("clients.ranks", "lora")
+    ),
+    "lengths with lora": run(USAGE, "clients.lengths", "prefix", clients__lengths="[2, 3]"),
+    "ranks of nothing": run(USAGE, "'clients.ranks.0'", "greater than 0", clients__ranks="[0, 2]"),
+    "unknown algorithm": run(USAGE, "algorithm.kind 'fedvag'", "did you mean 'fedavg'?", algorithm__kind="fedvag"),
+    "unknown algorithm option": run(USAGE, "algorithm.weights", "'fedavg'", "did you mean 'weighting'?", algorithm__weights=1),
+    "option set only in code": run(USAGE, "algorithm.server_opt", "'fedavg'", "weighting", algorithm__server_opt="adam"),
+    "algorithm in no file": run(USAGE, "mine.py", "no file", algorithm__kind="mine.py:rule"),
+    "algorithm without LoRA": Case(
+        "run e.toml --set technique.kind=prefix --set algorithm.kind=fedsa", USAGE, ("fedsa", 'technique.kind = "lora"')
+    ),
+    "scaffold with adamw": run(USAGE, "scaffold", 'train.optimizer = "sgd"', algorithm__kind="scaffold"),
+    "empty buffer": Case(
+        "run e.toml --set algorithm.kind=asynchronous --set algorithm.buffer=0", USAGE, ("algorithm.buffer", "at least 1")
+    ),
+    "unknown filter": run(USAGE, "unknown filter 'int4'", "int8", filters__up='["int4"]'),
+    "unknown partition": run(USAGE, "partition.kind 'dirichlett'", "'dirichlet'?", clients__partition__kind="dirichlett"),
+    "unknown partition option": Case(
+        "run e.toml --set clients.partition.kind=dirichlet --set clients.partition.alfa=1",
+        USAGE,
+        ("clients.partition.alfa", "did you mean 'alpha'?"),
+    ),
+    "negative alpha": Case(
+        "run e.toml --set clients.partition.kind=dirichlet --set clients.partition.alpha=-1", USAGE, ("partition.alpha", "positive")
+    ),
+    "more clients than rows": Case(
+        "run e.toml --set clients.partition.kind=iid --set clients.count=500", DATA, ("clients.count = 500", "24 training rows")
+    ),
+    "more clients than owners": run(USAGE, "clients.count = 9", "3 values", clients__count=9),
+    "natural column missing": run(USAGE, "column 'usr'", "did you mean 'user'?", clients__partition__column="usr"),
+    "cuda without CUDA": run(USAGE, "engine.device 'cuda'", "no CUDA", engine__device="cuda"),
+    "card that is not there": run(USAGE, "engine.device 'cuda:99'", engine__device="cuda:99"),
+    "nonsense device": run(USAGE, "engine.device 'gpu'", "choose auto, cpu, cuda", engine__device="gpu"),
+    "device for other programs": run(USAGE, "engine.device 'meta'", "choose auto, cpu, cuda", engine__device="meta"),
+    "tracker not installed": run(USAGE, "track.to", "wandb", "install", track__to='["wandb"]'),
+    # --------------------------------------------------------------------------------------------------------------- the data
+    "missing csv": run(DATA, "'dd.csv' does not exist", "did you mean 'd.csv'?", data__name="dd.csv"),
+    "empty csv": data("x.csv", "", "x.csv", "empty"),
+    "header only": data("x.csv", "text,label\n", "x.csv", "no rows"),
+    "ragged csv": data("x.csv", "text,label\na,b\nc\n", "x.csv", "line 3", "1 cells", "2"),
+    "ragged tsv": data("x.tsv", "text\tlabel\na\tb\tc\n", "x.tsv", "line 2"),
+    "broken quote": data("x.csv", 'text,label\n"a,b\n', "x.csv", "line"),
+    "broken jsonl": data("x.jsonl", '{"text": "a"}\n{"text"\n', "x.jsonl", "line 2", "JSON"),
+    "missing jsonl": run(DATA, "'x.jsonl' does not exist", data__name="x.jsonl"),
+    "broken parquet": data("x.parquet", b"PAR1nothing", "x.parquet", "cannot be read"),
+    "empty parquet": data("x.parquet", b"", "x.parquet", "empty"),
+    "broken zip": data("x.zip", b"PK\x03\x04nothing", "x.zip", "zip"),
+    "missing zip": run(DATA, "'x.zip' does not exist", data__name="x.zip"),
+    "zip without images": run(DATA, "z.zip", "no images", data__name="z.zip", prepare=zip_of),
+    "unknown suffix": data("x.xlsx", b"no", "x.xlsx", ".csv"),
+    "not UTF-8": data("x.csv", b"text,label\ncaf\xe9,a\n", "x.csv", "not UTF-8"),
+    "wrong text column": run(DATA, "'txt'", "did you mean 'text'?", data__text="txt"),
+    "wrong label column": run(DATA, "'lable'", "did you mean 'label'?", data__label="lable"),
+    "one class": data("x.csv", "text,label,user\n" + "a,b,u0\n" * 20, "x.csv", "one class"),
+    "no text at all": data("x.csv", "text,label\n ,b\n ,c\n", "x.csv", "no row has text"),
+    "label unseen in training": Case(
+        "run e.toml --set data.test=t.csv", DATA, ("test row 1", "'god'", "did you mean 'good'?"), {"t.csv": "text,label,user\nx,god,u0\n"}
+    ),
+    "missing test file": run(DATA, "'t.csv' does not exist", data__test="t.csv"),
+    "fraction above one": run(USAGE, "data.test = 1.5", "between 0 and 1", data__test=1.5),
+    "limit 0": run(USAGE, "'data.limit'", data__limit=0),
+    "owner missing": data("x.csv", GOOD + "a,good,\n" * 9, "column 'user' is empty", "row"),
+    # -------------------------------------------------------------------------------------------------------------- the model
+    "model folder missing": run(DATA, "'./nowhere' does not exist", "minilm", model__name="./nowhere"),
+    "model folder without weights": run(
+        DATA, "'broken' has no weights", "safetensors", model__name="broken", prepare=model_without("model.safetensors")
+    ),
+    "model folder without config": run(
+        DATA, "'broken' has no config.json", model__name="broken", prepare=model_without("config.json")
+    ),
+    "unknown model": run(DATA, "'minilmm'", "did you mean 'minilm'?", model__name="minilmm"),
+    "unreachable model": run(DATA, "'nobody/nothing'", "cannot be loaded", model__name="nobody/nothing"),
+    # ---------------------------------------------------------------------------------------------------------- run folders
+    "out is a file": Case("run e.toml --out file", USAGE, ("'file' is a file",), prepare=unwritable),
+    "out holds something else": Case("run e.toml --out stuff", USAGE, ("'stuff' is not empty",), {"stuff/notes.txt": "mine"}),
+    "out holds this run": Case("run e.toml --out done", USAGE, ("'done' already holds a run", "--resume")),
+    "resume with a changed experiment": Case(
+        "run e.toml --out done --resume --set train.lr=0.5", USAGE, ("'done' holds another experiment", "'train'")
+    ),
+    "resume backwards": Case(
+        "run e.toml --out paired --resume --set data.name=p.csv", USAGE, ("'paired' is already at round 2", "set rounds to 2 or more")
+    ),
+    "resume with a flipped byte": Case(
+        "run e.toml --out done --resume --set rounds=2", FAILED, ("server-", "corrupt checkpoint"), prepare=changed_state(flipped)
+    ),
+    "resume with a cut file": Case(
+        "run e.toml --out done --resume --set rounds=2", FAILED, ("server-", "corrupt checkpoint"), prepare=changed_state(cut)
+    ),
+    "resume with a missing file": Case(
+        "run e.toml --out done --resume --set rounds=2",
+        FAILED,
+        ("engine-", "corrupt checkpoint"),
+        prepare=changed_state(lambda done: next(done.glob("state/engine-*")).unlink()),
+    ),
+    "resume with a broken manifest": Case(
+        "run e.toml --out done --resume --set rounds=2",
+        FAILED,
+        ("checkpoint.json", "corrupt checkpoint"),
+        prepare=changed_state(lambda done: (done / "state" / "checkpoint.json").write_text("{", encoding="utf-8")),
+    ),
+    "evaluate a corrupt run": Case("evaluate done", FAILED, ("corrupt checkpoint",), prepare=changed_state(flipped)),
+    "evaluate without checkpoint": Case(
+        "evaluate done", FAILED, ("'done' has no checkpoint yet",), prepare=changed_state(lambda d: shutil.rmtree(d / "state"))
+    ),
+    "evaluate no run": Case("evaluate nowhere", USAGE, ("'nowhere' is not a run folder", "experiment.toml")),
+    "predict with no run": Case("predict nowhere good", USAGE, ("'nowhere' is not a run folder",)),
+    "export of no run": Case("export nowhere --to x", USAGE, ("'nowhere' is not a run folder",)),
+    "report of no run": Case("report nowhere", USAGE, ("'nowhere' is not a run folder",)),
+    "broken summary": Case(
+        "evaluate done", DATA, ("summary.json",), prepare=changed_state(lambda d: (d / "summary.json").write_text("{", "utf-8"))
+    ),
+    "broken experiment in a run": Case(
+        "evaluate done", USAGE, ("experiment.toml",), prepare=changed_state(lambda d: (d / "experiment.toml").write_text("x", "utf-8"))
+    ),
+    "a pair to single texts": Case("predict done 'a ||| b'", USAGE, ("single texts",)),
+    "a single text to pairs": Case("predict paired a", USAGE, ("pairs", "|||")),
+    "no text": Case("predict done", USAGE, ("Missing argument",)),
+    "unknown client": Case("predict done good --client u9", USAGE, ("no client 'u9'", "did you mean 'u2'?")),
+    "client of a global model": Case("predict done good --client u0", USAGE, ("'fedavg' has no personal models",)),
+    "export to a full folder": Case("export done --to stuff", USAGE, ("'stuff'", "not an empty folder"), {"stuff/a": ""}),
+    "export to a file": Case("export done --to file", USAGE, ("'file'", "not an empty folder"), prepare=unwritable),
+    "export below a file": Case("export done --to file/x", FAILED, ("file",), prepare=unwritable),
+    "report below a file": Case("report done -o file/x.html", FAILED, ("file/x.html",), prepare=unwritable),
+    "merge of a prefix": Case("export prefixed --to x --merge", USAGE, ("prefix", "cannot be merged", "without --merge")),
+}  # fmt: skip
+
+
+def in_process(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """(exit code, standard output, standard error) of a command line."""
+    monkeypatch.setattr(sys, "argv", ["fedtailor", *shlex.split(command)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, folders: Callable[[str], Path]) -> Path:
+    """A folder with an experiment, its data, and three finished runs: done, paired and prefixed."""
+    folder = tmp_path_factory.mktemp("made")
+    text = EXPERIMENT.format(model=folders("bert"))
+    (folder / "e.toml").write_text(text, encoding="utf-8")
+    (folder / "d.csv").write_text(GOOD, encoding="utf-8")
+    two = "sentence1,sentence2,label,user\n" + "".join(f"{text},{text},{label},{user}\n" for text, label, user in ROWS)
+    (folder / "p.csv").write_text(two, encoding="utf-8")
+    runs = {"done": "", "paired": "--set data.name=p.csv --set rounds=2", "prefixed": "--set technique.kind=prefix"}
+    for name, changes in runs.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.setattr(sys, "argv", ["fedtailor", "run", "e.toml", "--out", name, *shlex.split(changes)])
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+            assert not ended.value.code
+    return folder
+
+
+@pytest.fixture
+def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it to work in."""
+    folder = tmp_path / "here"
+    shutil.copytree(made, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def one_line(err: str) -> str:
+    """The only line of standard error."""
+    assert err.startswith("error: "), err
+    assert err.count("\n") == 1, err
+    return err
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_line_and_the_exit_code(
+    name: str,
+    here: Path,
+    folders: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    case = CASES[name]
+    for path, content in case.files.items():
+        (here / path).parent.mkdir(exist_ok=True)
+        (here / path).write_bytes(content if isinstance(content, bytes) else content.encode())
+    case.prepare(here)
+    command = case.command.replace("{vit}", str(folders("vit"))).replace("{gpt2}", str(folders("gpt2")))
+    code, out, err = in_process(command, monkeypatch, capsys)
+    line = one_line(err)
+    assert code == case.code, line
+    assert out == ""
+    assert [word for word in case.words if word not in line] == [], line
+
+
+def test_a_mistake_leaves_no_folder_behind(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that the corrected command runs as it is."""
+    for wrong in ("technique.rank=0", "algorithm.kind=scaffold", "data.text=txt", "track.to=['wandb']", "clients.count=9"):
+        code, _, _ = in_process(f'run e.toml --out new --set "{wrong}"', monkeypatch, capsys)
+        assert code in (USAGE, DATA)
+        assert not (here / "new").exists(), wrong
+
+
+def test_a_run_without_a_checkpoint_is_none_yet(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "done" / "state" / "checkpoint.json").unlink()
+    assert in_process("run e.toml --out done --set technique.rank=1", monkeypatch, capsys)[0] == 0
+    assert json.loads((here / "done" / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))["r"] == 1
+
+
+def test_there_are_many_cases() -> None:
+    assert len(CASES) >= 45
+    assert {case.code for case in CASES.values()} == {USAGE, DATA, FAILED}
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_a_disk_that_takes_nothing(
+    code: int, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the second write on: the first makes the folder."""
+    atomically, count = wire.atomically, 0
+
+    def full(path: Path, write: Callable[[Path], object]) -> int:
+        nonlocal count
+        count += 1
+        if count > 1:
+            raise OSError(code, os.strerror(code), str(path))
+        return atomically(path, write)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(wire, "atomically", full)
+        got, out, err = in_process("run e.toml --out new", patch, capsys)
+    assert got == FAILED
+    assert os.strerror(code) in one_line(err)
+    assert "--resume" in err
+    assert out == ""
+    got, _, err = in_process("run e.toml --out new --resume", monkeypatch, capsys)  # space was made
+    assert got == 0, err
+    assert (here / "new" / "summary.json").is_file()
+
+
+def test_a_folder_that_may_not_be_written(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "locked").mkdir(mode=0o500)
+    if os.access(here / "locked", os.W_OK):
+        pytest.skip("root may write everywhere")
+    code, _, err = in_process("run e.toml --out locked/new", monkeypatch, capsys)
+    assert code == FAILED
+    assert "locked/new" in one_line(err)
+
+
+# ------------------------------------------------------------------------------------------------------------- real processes
+
+COMMAND = [sys.executable, "-m", "fedtailor.cli"]
+
+
+@pytest.mark.parametrize("name", ["unknown flag", "not UTF-8", "resume with a flipped byte"])
+def test_in_a_process_of_its_own(name: str, here: Path) -> None:
+    case = CASES[name]
+    for path, content in case.files.items():
+        (here / path).write_bytes(content if isinstance(content, bytes) else content.encode())
+    case.prepare(here)
+    done = subprocess.run([*COMMAND, *shlex.split(case.command)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (case.code, "")
+    assert all(word in one_line(done.stderr) for word in case.words)
+
+
+def test_an_interrupt_is_one_line_and_can_be_resumed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [*COMMAND, "run", "e.toml", "--out", "long", "--json", "--set", "rounds=400", "--set", "evaluate.every=0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while not (here / "long" / "state" / "checkpoint.json").is_file() and time.monotonic() < until and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert out == ""
+    lines = [line for line in err.splitlines() if not line.startswith("round ")]
+    assert lines == ["interrupted: the last checkpoint is kept; add --resume to go on"]
+    done = len((here / "long" / "rounds.jsonl").read_text(encoding="utf-8").splitlines())
+    assert 1 <= done < 400
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["fedtailor", *command[3:9], f"rounds={done + 2}", *command[10:], "--resume"])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert not ended.value.code
+    assert json.loads((here / "long" / "summary.json").read_text(encoding="utf-8"))["rounds"] == done + 2
+    rounds = [json.loads(line)["round"] for line in (here / "long" / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert rounds == list(range(1, done + 3))
