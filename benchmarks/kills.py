@@ -19,11 +19,11 @@ from pathlib import Path
 
 EXPERIMENT = """
 name = "kills"
-rounds = 12
+rounds = 8
 [data]
 name = "pydocs"
-limit = 240
-test_limit = 60
+limit = 120
+test_limit = 30
 max_length = 16
 [clients]
 count = 6
@@ -51,7 +51,16 @@ def main() -> None:
         (folder / "kills.toml").write_text(EXPERIMENT, encoding="utf-8")
 
         def command(out: str) -> list[str]:
-            return [sys.executable, "-m", "fedtailor.cli", "run", str(folder / "kills.toml"), "--out", str(folder / out), "--resume"]
+            return [
+                sys.executable,
+                "-m",
+                "fedtailor.cli",
+                "run",
+                str(folder / "kills.toml"),
+                "--out",
+                str(folder / out),
+                "--resume",
+            ]
 
         begun = time.perf_counter()
         subprocess.run(command("whole"), check=True, capture_output=True)

@@ -71,9 +71,7 @@ def measure(count: int, rounds: int) -> None:
         states = States(Path(folder))
         for name in names:  # every client has trained before: its state lies idle
             states.write_own(name, {"algorithm": {"control": technique.init}})
-        engine = Local(
-            algorithm, sites, Workers(technique.bind, torch.get_num_threads()), states, Ledger(), chain([]), chain([])
-        )
+        engine = Local(algorithm, sites, Workers(technique.bind, torch.get_num_threads()), states, Ledger(), chain([]), chain([]))
         state = algorithm.init(technique.init)
         for number in range(1, rounds + 1):
             begun = time.perf_counter()

@@ -308,7 +308,8 @@ def _at_length(own: nn.Module, length: int) -> Iterator[None]:
 def _exportable(tree: Tree, initial: Tree, config: Any, scaling: float) -> tuple[dict[str, Tensor], Any]:
     """(tensors to save, PEFT's configuration for them): sizes follow the tree, a merged delta becomes extra ranks."""
     out: dict[str, Tensor] = {
-        name: tree[name] if name in tree else value for name, value in initial.items()
+        name: tree[name] if name in tree else value
+        for name, value in initial.items()  # noqa: SIM401
     }  # e.g. FFA's A is never sent
     config = copy.deepcopy(config)
     if PROMPT in out:
