@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import os
 import shlex
@@ -40,6 +41,7 @@ rank = 2
 batch = 4
 """
 USAGE, DATA, FAILED = 2, 3, 4
+MISSING = next(name for name in ("trackio", "wandb", "mlflow", "tensorboard") if importlib.util.find_spec(name) is None)
 
 
 class Case(NamedTuple):
@@ -220,7 +222,7 @@ CASES: dict[str, Case] = {
     "card that is not there": run(USAGE, "engine.device 'cuda:99'", engine__device="cuda:99"),
     "nonsense device": run(USAGE, "engine.device 'gpu'", "choose auto, cpu, cuda", engine__device="gpu"),
     "device for other programs": run(USAGE, "engine.device 'meta'", "choose auto, cpu, cuda", engine__device="meta"),
-    "tracker not installed": run(USAGE, "track.to", "wandb", "install", track__to='["wandb"]'),
+    "tracker not installed": run(USAGE, "track.to", MISSING, "install", track__to=f'["{MISSING}"]'),
     # --------------------------------------------------------------------------------------------------------------- the data
     "missing csv": run(DATA, "'dd.csv' does not exist", "did you mean 'd.csv'?", data__name="dd.csv"),
     "empty csv": data("x.csv", "", "x.csv", "empty"),
@@ -384,7 +386,7 @@ def test_a_mistake_leaves_no_folder_behind(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """So that the corrected command runs as it is."""
-    for wrong in ("technique.rank=0", "algorithm.kind=scaffold", "data.text=txt", "track.to=['wandb']", "clients.count=9"):
+    for wrong in ("technique.rank=0", "algorithm.kind=scaffold", "data.text=txt", f"track.to=['{MISSING}']", "clients.count=9"):
         code, _, _ = in_process(f'run e.toml --out new --set "{wrong}"', monkeypatch, capsys)
         assert code in (USAGE, DATA)
         assert not (here / "new").exists(), wrong

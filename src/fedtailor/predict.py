@@ -84,6 +84,8 @@ def _continued(world: World, tree: Tree, texts: list[str]) -> list[dict[str, Any
 
     from peft import PeftModel
 
+    from fedtailor.data.encode import PROMPT
+
     tokenizer = world.backbone.processor
     with tempfile.TemporaryDirectory() as folder:
         world.technique.save(tree, Path(folder))
@@ -95,7 +97,9 @@ def _continued(world: World, tree: Tree, texts: list[str]) -> list[dict[str, Any
             model = PeftModel.from_pretrained(copy.deepcopy(world.backbone.model), folder)
     out = []
     for text in texts:
-        inputs = tokenizer(text, return_tensors="pt").to(world.device)
+        # An instruction model is asked as it was trained.
+        asked = PROMPT.format(instruction=text) if world.backbone.kind == "instruction" else text
+        inputs = tokenizer(asked, return_tensors="pt").to(world.device)
         ids = model.eval().generate(**inputs, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.pad_token_id)
         new = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         out.append({"text": text, "label": new, "index": None, "scores": []})

@@ -307,10 +307,8 @@ def _at_length(own: nn.Module, length: int) -> Iterator[None]:
 
 def _exportable(tree: Tree, initial: Tree, config: Any, scaling: float) -> tuple[dict[str, Tensor], Any]:
     """(tensors to save, PEFT's configuration for them): sizes follow the tree, a merged delta becomes extra ranks."""
-    out: dict[str, Tensor] = {
-        name: tree[name] if name in tree else value
-        for name, value in initial.items()  # noqa: SIM401
-    }  # e.g. FFA's A is never sent
+    # A name that the tree lacks keeps its start: FFA's A is never sent.
+    out: dict[str, Tensor] = {**initial, **{name: tree[name] for name in initial if name in tree}}
     config = copy.deepcopy(config)
     if PROMPT in out:
         config.num_virtual_tokens = out[PROMPT].shape[0]
