@@ -17,7 +17,7 @@ import torch
 from fedtailor.algorithms import ALGORITHMS
 from fedtailor.backbone import Backbone, load, quiet
 from fedtailor.config import ModelSection
-from fedtailor.core import SERVER, Algorithm, Device, Fit, Job, Letters, Message, Plan, Predict, Site, Tree, stream
+from fedtailor.core import SERVER, Algorithm, Device, Fit, Job, Letters, Message, Plan, Predict, Site, Tree, seed_of, stream
 from fedtailor.data.examples import Store, Subset, store
 from fedtailor.engines.answering import Workers, answer
 from fedtailor.engines.local import Local
@@ -360,7 +360,8 @@ def by_hand(
                     break
                 asked += 1
                 random = stream(seed, "fit", client, round, step, asked)
-                result = answer({client: ask}, workers, lambda c, random=random: random, stacked=False)[client]
+                pace = seed_of(seed, "pace", round, step)
+                result = answer({client: ask}, workers, lambda c, random=random: random, False, pace)[client]
 
 
 @pytest.fixture

@@ -78,7 +78,7 @@ def test_fedavg_of_one_client_is_plain_training(plan: Plan, optimizer: Any, fede
     model = AutoModelForSequenceClassification.from_pretrained(backbones("bert").source).eval()
     theirs = optimizer(model.parameters())
     data = Subset(rows_of("bert"), range(6))
-    drawn = batches(plan, data.lengths, stream(0, "fit", "c0", 1, 1, 1))
+    drawn = batches(plan, data.lengths, stream(0, "fit", "c0", 1, 1, 1), stream(0, "pace", 1, 1))
     assert len(drawn) == 4
     for rows in drawn:
         batch = data.batch(rows, int(data.lengths[rows].max()), len(rows))

@@ -187,16 +187,17 @@ class Local:
             )
 
     def _answered(self, asks: dict[ClientId, Ask], random: Callable[[ClientId], torch.Generator], round: int) -> Answers:
+        pace = seed_of(self.seed, "pace", round, self._steps)
         if self.stacked:
             try:
-                return answer(asks, self.workers, random, stacked=True)
+                return answer(asks, self.workers, random, True, pace)
             except RuntimeError as error:
                 # Some PEFT methods write in place or through an autograd.Function of their own, which vmap refuses.
                 if not any(word in str(error) for word in ("vmap", "functorch")):
                     raise
                 self.stacked = False
                 self.notice(f"round {round}: this technique cannot be stacked: clients are trained one by one")
-        return answer(asks, self.workers, random, stacked=False)
+        return answer(asks, self.workers, random, False, pace)
 
     def _reply(
         self, client: ClientId, own: Tree | None, reply: Message, stored: Tree, down: int, work: tuple[float, float], site: Site
