@@ -61,7 +61,7 @@ def run(
     if as_json:
         print(json.dumps(result))
         return
-    console = Console(highlight=False)
+    console = _console()
     _table(console, *_summary_table(result))
     console.print(f"run     {folder}\nadapter {folder / 'adapter'}\nreport  {page}")
 
@@ -89,7 +89,7 @@ def compare(
     if as_json:
         print(json.dumps([{**row, "run": str(folder)} for row in rows]))
         return
-    console = Console(highlight=False)
+    console = _console()
     _table(console, *table(rows))
     console.print(f"table  {folder / 'compare.md'}\nreport {page}")
 
@@ -118,7 +118,7 @@ def evaluate(run: RunFolder, as_json: As_json = False) -> None:
     if as_json:
         print(json.dumps(result))
     else:
-        _table(Console(highlight=False), *_summary_table(result))
+        _table(_console(), *_summary_table(result))
 
 
 @app.command()
@@ -263,10 +263,17 @@ def _summary_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]
     return ["measure", "value"], rows
 
 
+def _console() -> Console:
+    """Standard output; into a file or pipe as wide as the table needs."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
 def _table(console: Console, head: list[str], body: list[list[str]]) -> None:
     from rich.table import Table
 
     table = Table(*head)
+    for column in table.columns:
+        column.overflow = "fold"  # a narrow terminal breaks lines, it loses nothing
     for column in table.columns[1:]:
         column.justify = "right"
     for line in body:

@@ -70,6 +70,7 @@ def _tally_tokens(outputs: Tree) -> Tree:
 
 
 def accuracy(sums: Tree) -> float:
+    """Share of the rows (of the tokens that count, for language) that are right."""
     return float(sums["correct"] / sums["n"])
 
 
@@ -100,6 +101,7 @@ def matthews(sums: Tree) -> float:
 
 
 def perplexity(sums: Tree) -> float:
+    """exp of the mean loss a token; smaller is better."""
     return math.exp(min(mean_loss(sums), 700.0))
 
 

@@ -224,7 +224,7 @@ def _costs(ledger: Ledger, engine: Local, cohort: int) -> dict[str, Any]:
 
 
 def _mean_loss(lines: dict[ClientId, dict[str, float]]) -> float | None:
-    heard = [line for line in lines.values() if line["replies"] and "loss" in line]
+    heard = [line for line in lines.values() if "loss" in line]
     weight = sum(line["examples"] for line in heard)
     return sum(line["loss"] * line["examples"] for line in heard) / weight if weight else None
 

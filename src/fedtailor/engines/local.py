@@ -206,6 +206,10 @@ class Local:
         flops, examples = work
         self.progress(client)
         if client == SERVER:
+            # Work beside the server crosses no wire, but it is work: pooled training's passes are counted like a client's.
+            self.ledger.add(client, flops=flops, examples=examples)
+            if "loss" in reply.info:
+                self.ledger.note(client, loss=reply.info["loss"])
             self._keep(client, own, {})
             yield Reply(self.clock, client, reply)
             return
