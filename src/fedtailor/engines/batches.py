@@ -10,8 +10,9 @@ import torch
 
 from fedtailor.core import Plan
 
-WINDOW = 8
-"""Batches that are drawn together and sorted by length: padding falls, and which rows meet stays random."""
+WINDOW = 50
+"""Batches that are drawn together and sorted by length (as transformers' length-grouped sampling does): padding falls, and which
+rows of like length meet stays random."""
 
 
 def batches(
