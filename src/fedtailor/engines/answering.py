@@ -18,6 +18,9 @@ TOKENS = 640
 """Tokens in a stacked step on a CPU: more is no faster and takes memory for activations (docs/performance.md)."""
 LARGE = 4_000_000
 """Trained numbers above which clients are trained one by one."""
+EVEN = 2
+"""Groups come in multiples of this, so that two workers end together. Not the number of workers: the bits of a run must not
+depend on how many cores a machine has."""
 PREDICTED = 1024
 """Tokens in a batch of Predict."""
 
@@ -73,7 +76,7 @@ def answer(asks: Mapping[ClientId, Ask], workers: Workers, randoms: Randoms, sta
     done: Answers = {}
     for dropout in (False, True):
         fits = {c: a for c, a in asks.items() if isinstance(a, Fit) and a.plan.dropout == dropout}
-        groups = grouped(fits, workers.group, workers.count) if stacked else [[c] for c in fits]
+        groups = grouped(fits, workers.group, EVEN) if stacked else [[c] for c in fits]
 
         def train(group: list[ClientId], forward: Forward, fits: dict[ClientId, Fit] = fits) -> list[Fitted]:
             streams = [randoms(c) for c in group]
