@@ -85,7 +85,7 @@ def compare(experiment: Experiment, out: Path, watch: Callable[[Case], Watch] = 
             summary = run(case.experiment, folder, resume=stale, watch=watch(case))
         summaries.setdefault(case.name, []).append({**summary, "run": str(folder)})
     rows = [row(name, runs) for name, runs in summaries.items()]
-    rows += [flat(name, summaries) for name in experiment.compare.baselines if name in ("majority", "zero-shot")]
+    rows += [flat(name, summaries) for name in experiment.compare.baselines if name == "majority"]
     wire.atomically(out / COMPARISON, lambda path: path.write_text(json.dumps(rows, indent=1), encoding="utf-8"))
     wire.atomically(out / "compare.md", lambda path: path.write_text(markdown(rows), encoding="utf-8"))
     return rows
@@ -118,10 +118,9 @@ def row(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def flat(name: str, summaries: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """A baseline that needs no training: always the commonest class, or the model as it comes."""
-    key = name.replace("-", "_")
+    """A baseline that needs no training: always the commonest class."""
     first = next(iter(summaries.values()))
-    values = [r[key] for r in first if r.get(key) is not None]
+    values = [r[name] for r in first if r.get(name) is not None]
     measured = {"global_test": interval(values)} if values else {}
     return {"name": name, "metric": first[0]["metric"], "seeds": len(first), "runs": [], **measured}
 

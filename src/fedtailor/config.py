@@ -128,7 +128,7 @@ class TrackSection(Section):
 class CompareSection(Section):
     vary: dict[str, list[Any]] = Field({}, description='dotted keys and their values: "technique.kind" = ["prefix", "lora"]')
     seeds: list[int] = Field([0], min_length=1)
-    baselines: list[Literal["pooled", "local", "zero-shot", "majority"]] = []
+    baselines: list[Literal["pooled", "local", "majority"]] = []
     sets: list[dict[str, Any]] = Field([], description="cases given one by one: tables of dotted keys")
 
 

@@ -17,7 +17,6 @@ from fedtailor.errors import ConfigError, nearest
 from fedtailor.trees import tree_map
 
 SCALE = "#scale"
-DTYPE = "#dtype"
 
 
 class Filter(NamedTuple):

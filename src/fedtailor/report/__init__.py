@@ -140,7 +140,7 @@ def _cards(run: Run) -> str:
 
 
 def _without_training(run: Run) -> str:
-    known = {"majority": "commonest class", "zero_shot": "untrained"}
+    known = {"majority": "commonest class"}
     return ", ".join(f"{words} {_score(run.summary[name])}" for name, words in known.items() if name in run.summary)
 
 
