@@ -19,7 +19,7 @@ from pathlib import Path
 
 EXPERIMENT = """
 name = "kills"
-rounds = 8
+rounds = 30
 [data]
 name = "pydocs"
 limit = 120
@@ -71,10 +71,14 @@ def main() -> None:
         while hit < args.kills:
             trial += 1
             out = f"killed-{trial}"
-            # One kill a trial, spread over the whole run, start-up and the end included.
             process = subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            # One kill a trial: every fifth at any moment, start-up included, the others from the first round on.
+            begun = time.perf_counter()
+            while hit % 5 and process.poll() is None and not (folder / out / "rounds.jsonl").exists():
+                time.sleep(0.01)
+            left = whole - (time.perf_counter() - begun)
             try:
-                process.wait(moments.uniform(0.1, whole))
+                process.wait(moments.uniform(0.0, max(left, 1.0)))
                 continue  # it was through before the kill
             except subprocess.TimeoutExpired:
                 process.kill()

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
-from collections.abc import Callable, Generator, Mapping
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedtailor import cli
 from fedtailor.algorithms import ALGORITHMS
 from fedtailor.backbone import Backbone, load, quiet
 from fedtailor.config import ModelSection
@@ -39,7 +45,7 @@ PADS = {"bert": 0, "roberta": 1, "distilbert": 0, "gpt2": 0, "llama": 0}  # RoBE
 FIRST = 5  # ids from here on are words
 
 
-def _tokenizer(pad: int) -> Any:
+def tokenizer(pad: int) -> Any:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -110,7 +116,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
                 ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(made[family])
             else:
-                _tokenizer(PADS[family]).save_pretrained(made[family])
+                tokenizer(PADS[family]).save_pretrained(made[family])
         return made[family]
 
     return folder
@@ -261,7 +267,7 @@ def world_of(
     data = rows_of(family)
     judged = metric("auto", KINDS[family], 3)
     loss = language if family in CAUSAL else classification
-    job = Job(loss, judged.judge, judged.tally, plan, clients=clients)
+    job = Job(loss, judged.judge, judged.tally, plan, clients=clients, sizes=tuple((sizes or {}).values()))
     log: list[Seen] = []
     algorithm = watched(ALGORITHMS[kind](job, **(options or {})), log)
     names = [f"c{i}" for i in range(clients)]
@@ -405,3 +411,86 @@ def world(techniques: Callable[..., Technique]) -> Callable[..., World]:
         return world_of(made, family, kind, **options)
 
     return make
+
+
+# ------------------------------------------------------------------------------------------------------------ the command line
+
+COMMAND = [sys.executable, "-m", "fedtailor.cli"]
+EXPERIMENT = """\
+name = "tiny"
+rounds = {rounds}
+[model]
+name = "{model}"
+[data]
+{data}
+[clients]
+{clients}
+partition = {{ kind = "natural", column = "user" }}
+[technique]
+kind = "lora"
+rank = 2
+[train]
+batch = 4
+lr = 0.05
+"""
+
+
+def write_experiment(folder: Path, model: Path, rounds: int, data: str, clients: str) -> None:
+    """The file e.toml; `data` and `clients` are lines of those sections."""
+    text = EXPERIMENT.format(model=model, rounds=rounds, data=data, clients=clients)
+    (folder / "e.toml").write_text(text, encoding="utf-8")
+
+
+def csv_of(rows: Iterable[tuple[str, ...]], columns: str = "text,label,user") -> str:
+    """The text of a csv file; no cell needs quotes."""
+    return "".join(",".join(row) + "\n" for row in (columns.split(","), *rows))
+
+
+def sets(**changes: Any) -> str:
+    """--set options; dots are written as two underscores."""
+    return " ".join(shlex.join(["--set", f"{key.replace('__', '.')}={value}"]) for key, value in changes.items())
+
+
+def in_process(*words: str, folder: Path | None = None) -> int:
+    """The exit code of `fedtailor` with these words, run in this process and in `folder`."""
+    with pytest.MonkeyPatch.context() as patch:
+        if folder is not None:
+            patch.chdir(folder)
+        patch.setattr(sys, "argv", ["fedtailor", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    return int(ended.value.code or 0)
+
+
+class Printed(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def typed(capsys: pytest.CaptureFixture[str]) -> Callable[..., Printed]:
+    """Runs a command line in the current folder: its exit code and what it printed."""
+
+    def run(command: str, *words: str) -> Printed:
+        capsys.readouterr()
+        code = in_process(*shlex.split(command), *words)
+        return Printed(code, *capsys.readouterr())
+
+    return run
+
+
+def until_checkpoint(process: subprocess.Popen[Any], folder: Path) -> None:
+    """Waits until the run in `folder` has its first checkpoint, or is over."""
+    until = time.monotonic() + 120
+    while not (folder / "state" / "checkpoint.json").is_file() and time.monotonic() < until and process.poll() is None:
+        time.sleep(0.01)
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """What a run folder tells of each round."""
+    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]

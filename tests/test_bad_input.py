@@ -6,40 +6,28 @@ import errno
 import importlib.util
 import json
 import os
+import resource
 import shlex
 import shutil
 import signal
 import subprocess
-import sys
-import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from safetensors import SafetensorError
 
-from fedtailor import cli, wire
+from conftest import COMMAND, LABELS, Printed, csv_of, in_process, lines, read, sets, until_checkpoint, write_experiment
+from fedtailor import run as run_module
+from fedtailor import wire
+from fedtailor.engines import local
 
-WORDS = ("good", "bad", "fine")
-ROWS = [(f"{WORDS[k % 3]} w{k % 29} fox", WORDS[k % 3], f"u{k % 3}") for k in range(30)]
-GOOD = "text,label,user\n" + "".join(f"{text},{label},{user}\n" for text, label, user in ROWS)
-EXPERIMENT = """\
-name = "tiny"
-rounds = 1
-[model]
-name = "{model}"
-[data]
-name = "d.csv"
-[clients]
-count = 3
-partition = {{ kind = "natural", column = "user" }}
-[technique]
-kind = "lora"
-rank = 2
-[train]
-batch = 4
-"""
+Typed = Callable[..., Printed]
+ROWS = [(f"{LABELS[k % 3]} w{k % 29} fox", LABELS[k % 3], f"u{k % 3}") for k in range(30)]
+GOOD = csv_of(ROWS)
 USAGE, DATA, FAILED = 2, 3, 4
 MISSING = next(name for name in ("trackio", "wandb", "mlflow", "tensorboard") if importlib.util.find_spec(name) is None)
 
@@ -52,22 +40,24 @@ class Case(NamedTuple):
     prepare: Callable[[Path], object] = lambda folder: None
 
 
-def run(code: int, *words: str, prepare: Callable[[Path], object] = lambda folder: None, **sets: Any) -> Case:
+def run(code: int, *words: str, prepare: Callable[[Path], object] = lambda folder: None, **changes: Any) -> Case:
     """`fedtailor run` with these keys: dots are written as two underscores."""
-    changes = [f"{key.replace('__', '.')}={value}" for key, value in sets.items()]
-    return Case(
-        shlex.join(["run", "e.toml", *(word for change in changes for word in ("--set", change))]), code, words, prepare=prepare
-    )
+    return Case(f"run e.toml {sets(**changes)}", code, words, prepare=prepare)
 
 
-def data(name: str, content: str | bytes, *words: str, **sets: Any) -> Case:
+def data(name: str, content: str | bytes, *words: str, **changes: Any) -> Case:
     """`fedtailor run` on this data file."""
-    return run(DATA, *words, data__name=name, **sets)._replace(files={name: content})
+    return run(DATA, *words, data__name=name, **changes)._replace(files={name: content})
 
 
 def toml(text: str, *words: str) -> Case:
     """`fedtailor run` of an experiment file with these lines in it."""
     return Case("run x.toml", USAGE, words, {"x.toml": text})
+
+
+def mine(code: str, *words: str, **changes: Any) -> Case:
+    """`fedtailor run` with an algorithm from this file of the user's own."""
+    return run(USAGE, *words, algorithm__kind="mine.py:rule", **changes)._replace(files={"mine.py": code})
 
 
 def flipped(folder: Path) -> None:
@@ -92,11 +82,18 @@ def model_without(name: str) -> Callable[[Path], object]:
     return prepare
 
 
+def model_cut(folder: Path) -> None:
+    model_without("config.json")(folder)
+    (folder / "broken" / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
+    weights = folder / "broken" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
 def images(folder: Path) -> None:
     from PIL import Image
 
     for k in range(12):
-        path = folder / "pictures" / WORDS[k % 2] / f"{k}.png"
+        path = folder / "pictures" / LABELS[k % 2] / f"{k}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (k * 20, 0, 0)).save(path)
 
@@ -151,7 +148,7 @@ CASES: dict[str, Case] = {
     "unknown metric": run(USAGE, "'data.metric'", "did you mean 'accuracy'?", data__metric="acuracy"),
     "unknown tracker": run(USAGE, "track.to", "tensorboard", track__to='["tensorbord"]'),
     "name with a slash": run(USAGE, "'name'", "pattern", name="a/b"),
-    "no seeds to compare": Case("compare e.toml --set compare.seeds=[]", USAGE, ("'compare.seeds'", "at least 1")),
+    "negative seed to compare": Case("compare e.toml --set compare.seeds=[-1]", USAGE, ("'compare.seeds.0'", "(got -1)")),
     "unknown baseline": Case(
         "compare e.toml --set \"compare.baselines=['poled']\"", USAGE, ("compare.baselines", "did you mean 'pooled'?")
     ),
@@ -162,16 +159,73 @@ CASES: dict[str, Case] = {
         "compare v.toml", USAGE, ("'train.lr'", "greater than 0"), {"v.toml": '[compare.vary]\n"train.lr" = [0.1, -1]\n'}
     ),
     "nothing to vary": Case("compare v.toml", USAGE, ("compare.vary", "train.lr"), {"v.toml": '[compare.vary]\n"train.lr" = []\n'}),
+    "partition that is a word": run(USAGE, "'clients.partition' is a section", 'partition = { kind = "iid" }', clients__partition="iid"),
+    "half a pair": run(USAGE, "e.toml", "'data.pair' needs two columns", data__pair='["text"]'),
+    "endless option of a technique": run(USAGE, "'technique.alpha'", "finite", technique__alpha="nan"),
+    "endless option of an algorithm": Case(
+        "run e.toml --set algorithm.kind=fedprox --set algorithm.mu=inf", USAGE, ("'algorithm.mu'", "finite", "(got inf)")
+    ),
     # ------------------------------------------------------------------------------------------- kinds and what they can take
     "unknown technique": run(USAGE, "technique.kind 'lorra'", "did you mean 'lora'?", technique__kind="lorra"),
     "unknown technique option": run(USAGE, "technique.rnk", "did you mean 'rank'?", technique__rnk=3),
     "rank 0": run(USAGE, "technique.rank", "at least 1", technique__rank=0),
     "negative rank": run(USAGE, "technique.rank", "at least 1", technique__rank=-2),
     "rank that is a word": run(USAGE, "technique.rank", "'two'", technique__rank="two"),
+    "rank beyond all memory": run(USAGE, "rank 1000000000", "32 or less", technique__rank=1000000000),
+    "length beyond all memory": Case(
+        "run e.toml --set technique.kind=prefix --set technique.length=1000000000", USAGE, ("technique.kind 'prefix'", "memory")
+    ),
+    "prefix beyond the positions": Case(
+        "run e.toml --set technique.kind=prefix --set technique.length=100", USAGE, ("64 positions", "40 tokens long or shorter")
+    ),
+    "prompt beyond the positions": Case(
+        "run e.toml --set technique.kind=prompt --set technique.length=50", USAGE, ("64 positions", "40 tokens long or shorter")
+    ),
+    "lengths beyond the positions": Case(
+        "run e.toml --set technique.kind=prompt --set clients.lengths=[4,50]", USAGE, ("64 positions", "40 tokens long or shorter")
+    ),
+    "texts beyond the positions": run(USAGE, "data.max_length = 500", "64 positions", "to 64 or less", data__max_length=500),
+    "texts beyond the positions, with a prompt": Case(
+        "run e.toml --set technique.kind=prompt --set technique.length=10 --set data.max_length=60",
+        USAGE,
+        ("data.max_length = 60", "the prompt takes 10", "to 54 or less"),
+    ),
+    "texts beyond GPT-2's positions": Case(
+        "run e.toml --set data.kind=language --set model.name={gpt2} --set data.max_length=65", USAGE, ("data.max_length = 65", "64")
+    ),
+    "texts beyond RoBERTa's positions": Case(
+        "run e.toml --set model.name={roberta} --set data.max_length=65", USAGE, ("data.max_length = 65", "64 positions")
+    ),
+    "dropout that is never on": run(USAGE, "technique.dropout = 0.9", "train.dropout = true", technique__dropout=0.9),
+    "metric of language models": run(USAGE, "'perplexity' for 3 classes", "macro_f1", data__metric="perplexity"),
+    "metric of two classes": run(USAGE, "'f1' for 3 classes", "macro_f1", data__metric="f1"),
+    "metric of classes": Case(
+        "run e.toml --set data.kind=language --set data.metric=f1 --set model.name={gpt2}", USAGE, ("'f1' for language", "perplexity")
+    ),
+    "too few labels": run(USAGE, "model.labels = 2", "3 classes", model__labels=2),
+    "model larger than a device": run(
+        USAGE, "'watch'", "memory_mb = 0.001", "MB", clients__devices='[{name="watch", memory_mb=0.001}]'
+    ),
     "length 0": Case("run e.toml --set technique.kind=prefix --set technique.length=0", USAGE, ("technique.length", "at least 1")),
     "unknown target": run(USAGE, "technique.target", "'qery'", "did you mean 'query'?", technique__target='["qery"]'),
     "unknown PEFT method": Case(
         "run e.toml --set technique.kind=peft --set technique.peft_type=LORRA", USAGE, ("technique.peft_type", "LORA")
+    ),
+    "unknown key of a PEFT method": Case(
+        "run e.toml --set technique.kind=peft --set technique.peft_type=LORA --set technique.lora_alfa=2",
+        USAGE,
+        ("technique.lora_alfa", "did you mean 'lora_alpha'?"),
+    ),
+    "PEFT number that is a word": Case(
+        "run e.toml --set technique.kind=peft --set technique.peft_type=LORA --set technique.r=abc", USAGE, ("technique.r", "'abc'")
+    ),
+    "PEFT method for other models": Case(
+        "run e.toml --set technique.kind=peft --set technique.peft_type=XLORA", USAGE, ("'XLORA' does not fit this model",)
+    ),
+    "PEFT method that warns": Case(
+        "run e.toml --set technique.kind=peft --set technique.peft_type=BOFT --set technique.boft_block_size=7",
+        USAGE,
+        ("'BOFT' does not fit this model",),
     ),
     "prompt on images": Case(
         "run e.toml --set technique.kind=prompt --set data.name=pictures --set model.name={vit} "
@@ -196,6 +250,12 @@ CASES: dict[str, Case] = {
     "unknown algorithm option": run(USAGE, "algorithm.weights", "'fedavg'", "did you mean 'weighting'?", algorithm__weights=1),
     "option set only in code": run(USAGE, "algorithm.server_opt", "'fedavg'", "weighting", algorithm__server_opt="adam"),
     "algorithm in no file": run(USAGE, "mine.py", "no file", algorithm__kind="mine.py:rule"),
+    "algorithm that cannot be imported": mine("1 / 0", "mine.py", "ZeroDivisionError"),
+    "algorithm that leaves": mine("import sys; sys.exit(3)", "mine.py", "SystemExit: 3"),
+    "algorithm that fails": mine("def rule(job):\n    return job.clint", "mine.py:rule", "AttributeError", "clint"),
+    "algorithm that is none": mine("def rule(job):\n    return {}", "mine.py:rule", "returned a dict", "Algorithm"),
+    "algorithm of unknown types": mine("def rule(job: 'Job'):\n    return {}", "mine.py:rule", "'Job' is not defined"),
+    "unknown option of an own algorithm": mine("def rule(job, mu=1.0): ...", "algorithm.mv", "did you mean 'mu'?", algorithm__mv=2),
     "algorithm without LoRA": Case(
         "run e.toml --set technique.kind=prefix --set algorithm.kind=fedsa", USAGE, ("fedsa", 'technique.kind = "lora"')
     ),
@@ -258,6 +318,7 @@ CASES: dict[str, Case] = {
     "model folder without config": run(
         DATA, "'broken' has no config.json", model__name="broken", prepare=model_without("config.json")
     ),
+    "model folder with cut weights": run(DATA, "'broken' cannot be loaded", model__name="broken", prepare=model_cut),
     "unknown model": run(DATA, "'minilmm'", "did you mean 'minilm'?", model__name="minilmm"),
     "unreachable model": run(DATA, "'nobody/nothing'", "cannot be loaded", model__name="nobody/nothing"),
     # ---------------------------------------------------------------------------------------------------------- run folders
@@ -299,6 +360,12 @@ CASES: dict[str, Case] = {
     "broken summary": Case(
         "evaluate done", DATA, ("summary.json",), prepare=changed_state(lambda d: (d / "summary.json").write_text("{", "utf-8"))
     ),
+    "summary that is none": Case(
+        "evaluate done", DATA, ("summary.json", "list"), prepare=changed_state(lambda d: (d / "summary.json").write_text("[]", "utf-8"))
+    ),
+    "report of a summary that is none": Case(
+        "report done", DATA, ("summary.json", "int"), prepare=changed_state(lambda d: (d / "summary.json").write_text("3", "utf-8"))
+    ),
     "broken experiment in a run": Case(
         "evaluate done", USAGE, ("experiment.toml",), prepare=changed_state(lambda d: (d / "experiment.toml").write_text("x", "utf-8"))
     ),
@@ -315,33 +382,17 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
-def in_process(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    """(exit code, standard output, standard error) of a command line."""
-    monkeypatch.setattr(sys, "argv", ["fedtailor", *shlex.split(command)])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    out, err = capsys.readouterr()
-    return int(ended.value.code or 0), out, err
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, folders: Callable[[str], Path]) -> Path:
     """A folder with an experiment, its data, and three finished runs: done, paired and prefixed."""
     folder = tmp_path_factory.mktemp("made")
-    text = EXPERIMENT.format(model=folders("bert"))
-    (folder / "e.toml").write_text(text, encoding="utf-8")
+    write_experiment(folder, folders("bert"), 1, 'name = "d.csv"', "count = 3")
     (folder / "d.csv").write_text(GOOD, encoding="utf-8")
-    two = "sentence1,sentence2,label,user\n" + "".join(f"{text},{text},{label},{user}\n" for text, label, user in ROWS)
-    (folder / "p.csv").write_text(two, encoding="utf-8")
+    pairs = [(row[0], *row) for row in ROWS]
+    (folder / "p.csv").write_text(csv_of(pairs, "sentence1,sentence2,label,user"), encoding="utf-8")
     runs = {"done": "", "paired": "--set data.name=p.csv --set rounds=2", "prefixed": "--set technique.kind=prefix"}
     for name, changes in runs.items():
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(folder)
-            patch.setattr(sys, "argv", ["fedtailor", "run", "e.toml", "--out", name, *shlex.split(changes)])
-            with pytest.raises(SystemExit) as ended:
-                cli.main()
-            assert not ended.value.code
+        assert in_process("run", "e.toml", "--out", name, *shlex.split(changes), folder=folder) == 0
     return folder
 
 
@@ -362,42 +413,33 @@ def one_line(err: str) -> str:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_one_line_and_the_exit_code(
-    name: str,
-    here: Path,
-    folders: Callable[[str], Path],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_one_line_and_the_exit_code(name: str, here: Path, folders: Callable[[str], Path], typed: Typed) -> None:
     case = CASES[name]
     for path, content in case.files.items():
         (here / path).parent.mkdir(exist_ok=True)
         (here / path).write_bytes(content if isinstance(content, bytes) else content.encode())
     case.prepare(here)
     command = case.command.replace("{vit}", str(folders("vit"))).replace("{gpt2}", str(folders("gpt2")))
-    code, out, err = in_process(command, monkeypatch, capsys)
+    command = command.replace("{roberta}", str(folders("roberta")))
+    code, out, err = typed(command)
     line = one_line(err)
     assert code == case.code, line
     assert out == ""
     assert [word for word in case.words if word not in line] == [], line
 
 
-def test_a_mistake_leaves_no_folder_behind(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_mistake_leaves_no_folder_behind(here: Path, typed: Typed) -> None:
     """So that the corrected command runs as it is."""
     for wrong in ("technique.rank=0", "algorithm.kind=scaffold", "data.text=txt", f"track.to=['{MISSING}']", "clients.count=9"):
-        code, _, _ = in_process(f'run e.toml --out new --set "{wrong}"', monkeypatch, capsys)
+        code, _, _ = typed(f'run e.toml --out new --set "{wrong}"')
         assert code in (USAGE, DATA)
         assert not (here / "new").exists(), wrong
 
 
-def test_a_run_without_a_checkpoint_is_none_yet(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_without_a_checkpoint_is_none_yet(here: Path, typed: Typed) -> None:
     (here / "done" / "state" / "checkpoint.json").unlink()
-    assert in_process("run e.toml --out done --set technique.rank=1", monkeypatch, capsys)[0] == 0
-    assert json.loads((here / "done" / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))["r"] == 1
+    assert typed("run e.toml --out done --set technique.rank=1")[0] == 0
+    assert read(here / "done" / "adapter" / "adapter_config.json")["r"] == 1
 
 
 def test_there_are_many_cases() -> None:
@@ -406,9 +448,7 @@ def test_there_are_many_cases() -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
-def test_a_disk_that_takes_nothing(
-    code: int, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_disk_that_takes_nothing(code: int, here: Path, monkeypatch: pytest.MonkeyPatch, typed: Typed) -> None:
     """From the second write on: the first makes the folder."""
     atomically, count = wire.atomically, 0
 
@@ -421,30 +461,128 @@ def test_a_disk_that_takes_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(wire, "atomically", full)
-        got, out, err = in_process("run e.toml --out new", patch, capsys)
+        got, out, err = typed("run e.toml --out new")
     assert got == FAILED
     assert os.strerror(code) in one_line(err)
     assert "--resume" in err
     assert out == ""
-    got, _, err = in_process("run e.toml --out new --resume", monkeypatch, capsys)  # space was made
+    got, _, err = typed("run e.toml --out new --resume")  # space was made
     assert got == 0, err
     assert (here / "new" / "summary.json").is_file()
 
 
-def test_a_folder_that_may_not_be_written(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def full_disk(size: int = 3000) -> None:
+    """From now on no file can grow beyond so many bytes: real writes fail, also those of libraries."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@contextmanager
+def disk_again_afterwards() -> Iterator[None]:
+    """Lifts `full_disk` within the test: pytest's own output, after it, may go to a file that is longer already."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("merge", ["", "--merge"])
+def test_an_export_to_a_full_disk(merge: str, here: Path, typed: Typed) -> None:
+    with disk_again_afterwards():
+        full_disk()
+        code, out, err = typed(f"export done --to new {merge}")
+    assert code == FAILED
+    assert os.strerror(errno.EFBIG) in one_line(err)
+    assert out == ""
+
+
+@pytest.mark.parametrize("technique", ["lora", "full"])
+def test_a_disk_that_is_full_when_the_adapter_is_written(
+    technique: str, here: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    judge = run_module.evaluate
+
+    def then_full(*given: Any) -> Any:
+        full_disk()
+        return judge(*given)
+
+    monkeypatch.setattr(run_module, "evaluate", then_full)
+    with disk_again_afterwards():
+        code, out, err = typed(f"run e.toml --out new --set technique.kind={technique} --set evaluate.every=0")
+    assert code == FAILED
+    line = err.splitlines()[-1]
+    assert line.startswith("error: cannot write to")
+    assert os.strerror(errno.EFBIG) in line
+    assert "--resume" in line
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_replies_that_the_temporary_folder_cannot_hold(here: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(local, "SPOOL", 1)
+    write = wire.write
+
+    def write_to(message: Any, path: Path) -> int:
+        if path.parent.name != "state":
+            monkeypatch.setattr(wire, "save_file", full)
+        return write(message, path)
+
+    monkeypatch.setattr(wire, "write", write_to)
+    code, _, err = typed("run e.toml --out new")
+    assert code == FAILED
+    assert err.splitlines()[-1].startswith("error: cannot write to")
+    assert os.strerror(errno.ENOSPC) in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("algorithm", ["fedavg", "pooled", "local"])
+def test_a_run_that_diverges_from_the_start(algorithm: str, here: Path, typed: Typed) -> None:
+    code, out, err = typed(
+        f"run e.toml --out new --json --set train.lr=1e30 --set train.epochs=3 --set algorithm.kind={algorithm}"
+    )
+    assert code == FAILED
+    assert err.splitlines()[-1].startswith("error: no client was heard in 1 rounds")
+    assert "lower train.lr" in err
+    assert out == ""
+    assert lines(here / "new")[0]["loss"] is None
+    assert not (here / "new" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("algorithm", ["fedavg", "local"])
+def test_a_run_that_diverges_at_its_end_is_told_in_valid_json(algorithm: str, here: Path, typed: Typed) -> None:
+    def refused(constant: str) -> Any:
+        raise AssertionError(constant)
+
+    code, out, _ = typed(f"run e.toml --out new --json --set train.lr=1e30 --set train.steps=1 --set algorithm.kind={algorithm}")
+    assert code == 0
+    assert json.loads(out, parse_constant=refused)["global_test_loss"] is None
+    for name in ("summary.json", "rounds.jsonl"):
+        json.loads((here / "new" / name).read_text(encoding="utf-8"), parse_constant=refused)
+    assert json.loads(typed("evaluate new --json").out, parse_constant=refused)["global_test_loss"] is None
+
+
+def test_the_usual_length_of_texts_is_that_of_a_small_model(here: Path, typed: Typed) -> None:
+    """128 where nothing is said, and the model has 64 positions; what is said in a run folder or a comparison is the same."""
+    (here / "d.csv").write_text(csv_of([(f"{text} {'w1 ' * 150}", label, user) for text, label, user in ROWS]), encoding="utf-8")
+    assert typed("run e.toml --out new --set technique.kind=prompt --set technique.length=5").code == 0
+    assert typed("evaluate new").code == 0
+    assert typed("predict new", "w1 " * 150).code == 0
+    assert typed("run new/experiment.toml --out again").code == 0
+
+
+def test_a_folder_that_may_not_be_written(here: Path, typed: Typed) -> None:
     (here / "locked").mkdir(mode=0o500)
     if os.access(here / "locked", os.W_OK):
         pytest.skip("root may write everywhere")
-    code, _, err = in_process("run e.toml --out locked/new", monkeypatch, capsys)
+    code, _, err = typed("run e.toml --out locked/new")
     assert code == FAILED
     assert "locked/new" in one_line(err)
 
 
 # ------------------------------------------------------------------------------------------------------------- real processes
-
-COMMAND = [sys.executable, "-m", "fedtailor.cli"]
 
 
 @pytest.mark.parametrize("name", ["unknown flag", "not UTF-8", "resume with a flipped byte"])
@@ -458,25 +596,18 @@ def test_in_a_process_of_its_own(name: str, here: Path) -> None:
     assert all(word in one_line(done.stderr) for word in case.words)
 
 
-def test_an_interrupt_is_one_line_and_can_be_resumed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_is_one_line_and_can_be_resumed(here: Path) -> None:
     command = [*COMMAND, "run", "e.toml", "--out", "long", "--json", "--set", "rounds=400", "--set", "evaluate.every=0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 120
-    while not (here / "long" / "state" / "checkpoint.json").is_file() and time.monotonic() < until and process.poll() is None:
-        time.sleep(0.02)
+    until_checkpoint(process, here / "long")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert out == ""
-    lines = [line for line in err.splitlines() if not line.startswith("round ")]
-    assert lines == ["interrupted: the last checkpoint is kept; add --resume to go on"]
-    done = len((here / "long" / "rounds.jsonl").read_text(encoding="utf-8").splitlines())
+    told = [line for line in err.splitlines() if not line.startswith("round ")]
+    assert told == ["interrupted: the last checkpoint is kept; add --resume to go on"]
+    done = len(lines(here / "long"))
     assert 1 <= done < 400
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["fedtailor", *command[3:9], f"rounds={done + 2}", *command[10:], "--resume"])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    assert not ended.value.code
-    assert json.loads((here / "long" / "summary.json").read_text(encoding="utf-8"))["rounds"] == done + 2
-    rounds = [json.loads(line)["round"] for line in (here / "long" / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert rounds == list(range(1, done + 3))
+    assert in_process(*command[3:9], f"rounds={done + 2}", *command[10:], "--resume") == 0
+    assert read(here / "long" / "summary.json")["rounds"] == done + 2
+    assert [line["round"] for line in lines(here / "long")] == list(range(1, done + 3))

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import math
 import shlex
-import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from fedtailor import __version__, cli, wire
+from conftest import LABELS, Printed, csv_of, in_process, lines, read, sets, write_experiment
+from fedtailor import __version__, wire
 from fedtailor.algorithms import ALGORITHMS
 from fedtailor.config import load
 from fedtailor.core import Message
@@ -25,30 +24,21 @@ from fedtailor.ledger import COLUMNS
 from fedtailor.run import plain
 from fedtailor.techniques import TECHNIQUES
 
-WORDS = ("good", "bad", "fine")
 # Owner u0 has 20 rows, u1 16, u2 12; the test file has rows of its own.
 OWNERS = [*["u0"] * 20, *["u1"] * 16, *["u2"] * 12]
-TRAIN = [(f"{WORDS[k % 3]} w{k % 29} fox {WORDS[k % 3]}", WORDS[k % 3], owner) for k, owner in enumerate(OWNERS)]
-TEST = [(f"w{k} {WORDS[k % 3]} dog", WORDS[k % 3], "u0") for k in range(13)]
-EXPERIMENT = """\
-name = "tiny"
-rounds = 2
-[model]
-name = "{model}"
-[data]
-name = "train.csv"
-test = "test.csv"
-[clients]
-count = 3
-partition = {{ kind = "natural", column = "user" }}
-[technique]
-kind = "lora"
-rank = 2
-[train]
-batch = 4
-lr = 0.05
-"""
-FILES = {"experiment.toml", "environment.json", "rounds.jsonl", "clients.csv", "summary.json", "report.html", "state", "adapter"}
+TRAIN = [(f"{LABELS[k % 3]} w{k % 29} fox {LABELS[k % 3]}", LABELS[k % 3], owner) for k, owner in enumerate(OWNERS)]
+TEST = [(f"w{k} {LABELS[k % 3]} dog", LABELS[k % 3], "u0") for k in range(13)]
+FILES = {
+    "experiment.toml",
+    "environment.json",
+    "facts.json",
+    "rounds.jsonl",
+    "clients.csv",
+    "summary.json",
+    "report.html",
+    "state",
+    "adapter",
+}
 SUMMARY = {
     "metric",
     "global_test",
@@ -64,39 +54,27 @@ SUMMARY = {
     "rounds",
     "state_hash",
 }
-
-
-class Printed(NamedTuple):
-    out: str
-    err: str
-
-
 Call = Callable[..., Printed]
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, folders: Callable[[str], Path]) -> Path:
     folder = tmp_path_factory.mktemp("home")
-    for name, rows in (("train.csv", TRAIN), ("test.csv", TEST)):
-        with (folder / name).open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("text", "label", "user"), *rows])
-    (folder / "e.toml").write_text(EXPERIMENT.format(model=folders("bert")), encoding="utf-8")
+    (folder / "train.csv").write_text(csv_of(TRAIN), encoding="utf-8")
+    (folder / "test.csv").write_text(csv_of(TEST), encoding="utf-8")
+    write_experiment(folder, folders("bert"), 2, 'name = "train.csv"\ntest = "test.csv"', "count = 3")
     return folder
 
 
 @pytest.fixture
-def call(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+def call(home: Path, monkeypatch: pytest.MonkeyPatch, typed: Call) -> Call:
     """Runs a command line in the folder `home`; it has to end with `code`."""
     monkeypatch.chdir(home)
 
     def run(command: str, *words: str, code: int = 0) -> Printed:
-        monkeypatch.setattr(sys, "argv", ["fedtailor", *shlex.split(command), *words])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        assert (ended.value.code or 0) == code, err
-        return Printed(out, err)
+        printed = typed(command, *words)
+        assert printed.code == code, printed.err
+        return printed
 
     return run
 
@@ -109,24 +87,11 @@ def ran(home: Path) -> Callable[[str], Path]:
     def run(options: str = "") -> Path:
         if options not in made:
             folder = home / "made" / str(len(made))
-            with pytest.MonkeyPatch.context() as patch:
-                patch.chdir(home)
-                patch.setattr(sys, "argv", ["fedtailor", "run", "e.toml", "--out", str(folder), *shlex.split(options)])
-                with pytest.raises(SystemExit) as ended:
-                    cli.main()
-                assert not ended.value.code
+            assert in_process("run", "e.toml", "--out", str(folder), *shlex.split(options), folder=home) == 0
             made[options] = folder
         return made[options]
 
     return run
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def table(folder: Path) -> list[dict[str, str]]:
@@ -134,19 +99,16 @@ def table(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def sets(**changes: Any) -> str:
-    return " ".join(shlex.join(["--set", f"{key.replace('__', '.')}={value}"]) for key, value in changes.items())
-
-
 # ------------------------------------------------------------------------------------------------------------------------- run
 
 
-def test_a_run_folder_is_complete(ran: Callable[..., Path], home: Path) -> None:
+def test_a_run_folder_is_complete(ran: Callable[..., Path], home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = ran()
     assert {path.name for path in folder.iterdir()} == FILES
     summary = read(folder / "summary.json")
     assert set(summary) >= SUMMARY
     resolved = tomllib.loads((folder / "experiment.toml").read_text(encoding="utf-8"))
+    monkeypatch.chdir(home)
     assert resolved == plain(load(home / "e.toml"))
     assert read(folder / "environment.json")["packages"]["torch"] == torch.__version__
     assert "<html" in (folder / "report.html").read_text(encoding="utf-8")
@@ -237,7 +199,7 @@ def test_what_people_see(home: Path, call: Call) -> None:
     assert [line.split(",")[0] for line in printed.err.splitlines()] == ["round 1/2", "round 2/2"]
     assert "accuracy" in call("evaluate seen").out
     label, score, text = call("predict seen", "good fox").out.rstrip("\n").split("\t")
-    assert (label in WORDS, text) == (True, "good fox")
+    assert (label in LABELS, text) == (True, "good fox")
     assert 1 / 3 <= float(score) <= 1
     assert call("report seen").out.strip() == str(Path("seen") / "report.html")
     assert call("export seen --to out").out.strip() == "out"
@@ -291,7 +253,7 @@ def test_predictions(call: Call, ran: Callable[..., Path], folders: Callable[[st
         assert set(one) == {"text", "label", "index", "scores"}
         assert sum(one["scores"]) == pytest.approx(1)
         assert one["index"] == int(np.argmax(one["scores"]))
-        assert one["label"] == sorted(WORDS)[one["index"]]
+        assert one["label"] == sorted(LABELS)[one["index"]]
     assert json.loads(call(f"export {folder} --to peft --json").out) == {"run": str(folder), "to": "peft", "merged": False}
     call(f"export {folder} --to merged --merge")
     base = AutoModelForSequenceClassification.from_pretrained(folders("bert"), num_labels=3)
@@ -304,14 +266,14 @@ def test_predictions(call: Call, ran: Callable[..., Path], folders: Callable[[st
         with torch.no_grad():
             theirs = model.eval()(**inputs).logits.softmax(-1)
         np.testing.assert_allclose(theirs.numpy(), [one["scores"] for one in found], atol=1e-5)
-    assert AutoModelForSequenceClassification.from_pretrained("merged").config.id2label == dict(enumerate(sorted(WORDS)))
+    assert AutoModelForSequenceClassification.from_pretrained("merged").config.id2label == dict(enumerate(sorted(LABELS)))
     written = {p.name: p.read_bytes() for p in Path("peft").iterdir() if p.suffix == ".safetensors"}
     assert written == {name: (folder / "adapter" / name).read_bytes() for name in written}
 
 
 def test_predictions_of_pairs(home: Path, call: Call) -> None:
-    rows = "\n".join(f"{text},{label} dog,{label},{owner}" for text, label, owner in TRAIN)
-    (home / "pairs.csv").write_text(f"premise,hypothesis,label,user\n{rows}\n", encoding="utf-8")
+    rows = [(text, f"{label} dog", label, owner) for text, label, owner in TRAIN]
+    (home / "pairs.csv").write_text(csv_of(rows, "premise,hypothesis,label,user"), encoding="utf-8")
     call(f"run e.toml --out paired {sets(data__name='pairs.csv', data__test=0.25, rounds=1)}")
     found = json.loads(call("predict paired --json", "good fox ||| bad", "a|||b").out)["predictions"]
     assert [len(one["scores"]) for one in found] == [3, 3]
@@ -346,7 +308,7 @@ def test_images(home: Path, call: Call, folders: Callable[[str], Path]) -> None:
     from PIL import Image
 
     for k in range(24):
-        path = home / "pictures" / WORDS[k % 3] / f"{k}.png"
+        path = home / "pictures" / LABELS[k % 3] / f"{k}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), tuple(200 * (c == k % 3) + k for c in range(3))).save(path)  # type: ignore[arg-type]
     (home / "i.toml").write_text(
@@ -369,12 +331,7 @@ def compared(home: Path) -> tuple[Path, list[dict[str, Any]]]:
         '[compare]\nseeds = [0, 1, 2]\nbaselines = ["pooled", "local", "majority"]\n[compare.vary]\n"technique.rank" = [1, 2]\n'
     )
     (home / "c.toml").write_text(text.replace("rounds = 2", "rounds = 1"), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(home)
-        patch.setattr(sys, "argv", ["fedtailor", "compare", "c.toml", "--out", "cmp"])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        assert not ended.value.code
+    assert in_process("compare", "c.toml", "--out", "cmp", folder=home) == 0
     return home / "cmp", read(home / "cmp" / "compare.json")
 
 
@@ -416,12 +373,14 @@ def test_a_comparison_skips_what_is_done_and_resumes_what_was_cut(
     (cut / "summary.json").unlink()  # the state is kept: a kill while the test sets were judged
     printed = call("compare c.toml --out cmp --json")
     again = json.loads(printed.out)
-    assert {row["run"] for row in again} == {"cmp"}
+    assert [(one["case"], one["run"]) for one in again] == [(row["name"], run) for row in rows[:-1] for run in row["runs"]]
     assert (done / "summary.json").stat().st_mtime_ns == before
     assert read(cut / "summary.json")["state_hash"] == hashed
     assert "resuming after round 1" in printed.err
     assert "round 1/1" not in printed.err  # nothing was trained again
-    assert [row["global_test"] for row in again] == [pytest.approx(row["global_test"]) for row in rows]
+    for one in again:
+        assert one == {"case": one["case"], **read(home / one["run"] / "summary.json"), "run": one["run"]}
+    assert [row["global_test"] for row in read(home / "cmp" / "compare.json")] == [row["global_test"] for row in rows]
     assert "other settings" in call("compare c.toml --out cmp --set train.lr=0.2", code=2).err
 
 
@@ -430,12 +389,17 @@ def test_a_comparison_of_given_cases(home: Path, call: Call) -> None:
     for case in ('"algorithm.kind" = "fedit"', '"technique.kind" = "prefix"\n"technique.length" = 2\n"train.lr" = 0.1'):
         text += f"[[compare.sets]]\n{case}\n"
     (home / "g.toml").write_text(text, encoding="utf-8")
-    rows = json.loads(call(f"compare g.toml --json {sets(rounds=1)}").out)
-    assert [row["name"] for row in rows] == [
-        "algorithm.kind=fedit",
-        "technique.kind=prefix, technique.length=2, train.lr=0.1",
-    ]
-    assert {row["run"] for row in rows} == {str(Path("runs") / "tiny-compare")}
+    told = json.loads(call(f"compare g.toml --json --seed 5 {sets(rounds=1)}").out)
+    assert [(one["seed"], Path(one["run"]).name) for one in told] == [(5, "seed-5")] * 2
+    rows = read(home / "runs" / "tiny-compare" / "compare.json")
+    assert (
+        [row["name"] for row in rows]
+        == [one["case"] for one in told]
+        == [
+            "algorithm.kind=fedit",
+            "technique.kind=prefix, technique.length=2, train.lr=0.1",
+        ]
+    )
     assert rows[0]["global_test"]["low"] == rows[0]["global_test"]["high"]  # one seed has no interval
 
 
@@ -529,10 +493,16 @@ def test_stacked_is_one_by_one(ran: Callable[..., Path]) -> None:
 
 
 def test_a_tracker(home: Path, ran: Callable[..., Path]) -> None:
-    if importlib.util.find_spec("tensorboard") is None:
-        pytest.skip("tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     folder = ran(sets(track__to="['tensorboard']"))
-    assert list((folder / "trackers").rglob("events.out.tfevents.*"))
+    (events,) = [
+        p for p in (folder / "trackers").rglob("events.out.tfevents.*") if EventAccumulator(str(p)).Reload().Tags()["scalars"]
+    ]
+    logged = EventAccumulator(str(events)).Reload()
+    for name in ("loss", "valid", "bytes_up"):
+        told = [(event.step, event.value) for event in logged.Scalars(name)]
+        assert told == [(line["round"], pytest.approx(line[name], rel=1e-6)) for line in lines(folder)]
 
 
 def test_an_algorithm_in_a_file(home: Path, ran: Callable[..., Path]) -> None:

@@ -23,7 +23,7 @@ FULL: dict[str, Any] = {
     "rounds": 3,
     "model": {"name": "some/model", "revision": "v2", "labels": 4},
     "data": {
-        "name": "d.csv",
+        "name": "/somewhere/d.csv",
         "subset": "sub",
         "kind": "text",
         "text": "sentence",
@@ -68,6 +68,7 @@ FULL: dict[str, Any] = {
         "lr": 0.125,
         "weight_decay": 0.1,
         "momentum": 0.9,
+        "decay": "linear",
         "schedule": "cosine",
         "clip": 1.0,
         "dropout": True,
@@ -79,6 +80,7 @@ FULL: dict[str, Any] = {
     "compare": {
         "vary": {"technique.kind": ["prefix", "lora"], "train.lr": [0.1, 0.2]},
         "seeds": [0, 1],
+        "choose": {"train.batch": [4, 8]},
         "baselines": ["pooled", "majority"],
         "sets": [{"train.batch": 4}],
     },
@@ -145,8 +147,8 @@ def test_the_defaults_round_trip(tmp_path: Path) -> None:
 
 
 def test_the_plan_is_the_train_section() -> None:
-    assert parse(FULL).train.plan() == Plan(**FULL["train"])
-    assert parse({}).train.plan() == Plan(**plain(Experiment())["train"])
+    assert parse(FULL).train.plan(3) == Plan(**FULL["train"], rounds=3)
+    assert parse({}).train.plan(1) == Plan(**plain(Experiment())["train"])
 
 
 def test_options_are_everything_but_the_kind() -> None:
@@ -297,7 +299,7 @@ WRONG = {
     "engine": {"kind": ["ray"], "stacked": ["perhaps"], "group": [-1], "workers": [-1], "device": [3], "precision": ["fp8"]},
     "evaluate": {"every": [-1], "valid_limit": [0], "sample": [-1]},
     "track": {"to": [["paper"], "tensorboard"]},
-    "compare": {"vary": [3, {"a": 3}], "seeds": [[], ["x"]], "baselines": [["poold"]], "sets": [[3]]},
+    "compare": {"vary": [3, {"a": 3}], "seeds": [[-1], ["x"]], "choose": [3, {"a": 3}], "baselines": [["poold"]], "sets": [[3]]},
 }
 
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from fedtailor.algorithms import ALGORITHMS
+from fedtailor.backbone import EMBEDDED as MODELS
 from fedtailor.config import load
+from fedtailor.data.partition import PARTITIONS
+from fedtailor.data.sources import EMBEDDED as DATA
+from fedtailor.filters import FILTERS
 from fedtailor.run import run
+from fedtailor.techniques import TECHNIQUES
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,3 +50,21 @@ def test_nothing_names_a_host_that_machines_behind_a_firewall_lack() -> None:
     """Installs go through whatever index the user has configured."""
     for path in [ROOT / "Makefile", ROOT / "README.md", ROOT / "constraints.txt", ROOT / "pyproject.toml"]:
         assert not re.search(r"https?://", path.read_text(encoding="utf-8")), path
+
+
+@pytest.mark.parametrize(
+    ("row", "registry"),
+    [
+        ("techniques", TECHNIQUES),
+        ("algorithms", ALGORITHMS),
+        ("models", MODELS),
+        ("data", DATA),
+        ("partitions", PARTITIONS),
+        ("filters", FILTERS),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_readme_names_what_there_is(row: str, registry: Mapping[str, object]) -> None:
+    line = re.search(rf"^\| {row} \|.*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert line
+    assert set(re.findall(r"`([\w-]+)`", line.group())) == set(registry)

@@ -88,7 +88,7 @@ def test_int8_is_one_byte_a_number_and_four_a_row(name: str) -> None:
 
 
 def test_the_second_half_of_a_quantum_is_never_lost() -> None:
-    t = noise(50, 40) * torch.logspace(-6, 4, 50)[:, None]
+    t = noise(50, 60) * torch.logspace(-6, 4, 50)[:, None]
     values, step = quantize(t)
     assert values.dtype == torch.int8
     assert step.shape == (50, 1)
@@ -97,6 +97,19 @@ def test_the_second_half_of_a_quantum_is_never_lost() -> None:
     # The largest number of each row is met exactly, up to the rounding of float32.
     rows, largest = torch.arange(50), t.abs().argmax(1)
     torch.testing.assert_close((values.float() * step)[rows, largest], t[rows, largest], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(384, 2), (2, 384), (384, 384), (8, 3, 30), (5,), ()])
+def test_scales_lie_along_the_longest_axis(shape: tuple[int, ...]) -> None:
+    """A tall matrix is its transpose's: LoRA's B of rank 2 costs 2 scales, as its A does."""
+    t = noise(*shape)
+    values, step = quantize(t)
+    assert values.shape == t.shape
+    assert step.numel() == t.numel() // max(shape, default=1)
+    if len(shape) == 2 and shape[0] != shape[1]:
+        turned, other = quantize(t.mT)
+        assert torch.equal(turned.mT, values)
+        assert torch.equal(other.mT, step)
 
 
 @pytest.mark.parametrize("name", ["int8", "int8-plain"])
@@ -168,7 +181,7 @@ def test_with_error_feedback_the_running_mean_of_what_arrives_converges_to_the_t
 def test_memory_is_what_rounding_lost_and_is_the_senders_own_plain_tree() -> None:
     sent = {"w": noise(4, 8), "h": {"b": noise(5)}, "n": torch.arange(3)}
     got, memory = received(["int8"], sent)
-    kept = memory["0"]
+    kept = memory["0"]["update"]
     torch.testing.assert_close(kept["w"], sent["w"] - got["w"])
     torch.testing.assert_close(kept["h"]["b"], sent["h"]["b"] - got["h"]["b"])
     assert "n" not in kept
@@ -183,6 +196,16 @@ def test_memory_of_another_shape_is_let_go() -> None:
     assert same(received(["int8"], {"w": noise(2, 8), "x": {"y": noise(3)}}, memory)[0], fresh)
 
 
+def test_memory_of_another_verb_is_left_alone() -> None:
+    made = chain(["int8"])
+    sent = {"w": noise(4, 8)}
+    _, memory = made.apply(Message("update", sent), {})
+    other, both = made.apply(Message("answer", sent), memory)
+    fresh, _ = made.apply(Message("answer", sent), {})
+    assert same(dict(other.body), dict(fresh.body))
+    assert same(both["0"]["update"], memory["0"]["update"])
+
+
 def test_two_rounds_by_hand() -> None:
     # Scale 1: 127 is the largest. 0.4 is sent as 0 and kept; 0.4 + 0.4 is sent as 1 and -0.2 is kept.
     sent = {"w": torch.tensor([127.0, 0.4])}
@@ -190,7 +213,7 @@ def test_two_rounds_by_hand() -> None:
     assert first["w"].tolist() == [127.0, 0.0]
     second, memory = received(["int8"], sent, memory)
     assert second["w"].tolist() == [127.0, 1.0]
-    assert memory["0"]["w"].tolist() == pytest.approx([0.0, -0.2], abs=1e-6)
+    assert memory["0"]["update"]["w"].tolist() == pytest.approx([0.0, -0.2], abs=1e-6)
 
 
 def test_no_names_are_nothing_at_all() -> None:

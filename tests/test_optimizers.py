@@ -253,3 +253,13 @@ def test_adagrads_second_moment_only_grows_and_is_the_sum_of_squares() -> None:
         assert bool((state["v"]["w"] >= total).all())
         total = total + delta**2
         torch.testing.assert_close(state["v"]["w"], total)
+
+
+@pytest.mark.parametrize(
+    ("decay", "rates"),
+    [("constant", [1.0] * 4), ("linear", [1.0, 0.75, 0.5, 0.25]), ("cosine", [1.0, 0.853553, 0.5, 0.146447])],
+)
+def test_the_rate_falls_from_round_to_round(decay: str, rates: list[float]) -> None:
+    plan = Plan(lr=2.0, decay=decay, rounds=4)
+    assert [plan.at(round).lr for round in (1, 2, 3, 4)] == pytest.approx([2 * rate for rate in rates], abs=1e-6)
+    assert plan.at(3).at(4) == plan.at(3)  # it decays once

@@ -15,29 +15,10 @@ from typing import Any
 
 import pytest
 
-from fedtailor import cli
+from conftest import COMMAND, LABELS, csv_of, in_process, lines, read, sets, until_checkpoint, write_experiment
 
 KILLS = 4
 ROUNDS = 6
-WORDS = ("good", "bad", "fine")
-EXPERIMENT = """\
-name = "killed"
-rounds = {rounds}
-[model]
-name = "{model}"
-[data]
-name = "d.csv"
-[clients]
-count = 4
-per_round = 3
-partition = {{ kind = "natural", column = "user" }}
-[technique]
-kind = "lora"
-rank = 2
-[train]
-batch = 4
-lr = 0.05
-"""
 DEVICES = [{"name": "slow", "gflops": 0.001, "latency_ms": 5}, {"name": "fast", "gflops": 0.004, "uplink_mbps": 1}]
 # What each of these carries from round to round, besides the model.
 CASES: dict[str, dict[str, Any]] = {
@@ -61,32 +42,26 @@ def value(of: Any) -> str:
 
 
 def command(changes: dict[str, Any], out: str, *more: str) -> list[str]:
-    options = [word for key, of in changes.items() for word in ("--set", f"{key}={value(of)}")]
-    return ["run", "e.toml", "--out", out, *options, *more]
+    options = sets(**{key: value(of) for key, of in changes.items()})
+    return ["run", "e.toml", "--out", out, *shlex.split(options), *more]
 
 
-def in_process(words: list[str]) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["fedtailor", *words])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    assert not ended.value.code, shlex.join(words)
+def finished(words: list[str]) -> None:
+    assert in_process(*words) == 0, shlex.join(words)
 
 
 def told(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{key: of for key, of in line.items() if key not in MEASURED} for line in lines]
+    return [{key: of for key, of in line.items() if key not in MEASURED} for line in lines(folder)]
 
 
 def summary(folder: Path) -> dict[str, Any]:
-    found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    return {key: of for key, of in found.items() if key not in (*MEASURED, "seconds_total")}
+    return {key: of for key, of in read(folder / "summary.json").items() if key not in (*MEASURED, "seconds_total")}
 
 
 def write_inputs(folder: Path, model: Path) -> None:
-    rows = [f"{WORDS[k % 3]} w{k % 29} fox,{WORDS[k % 3]},u{k % 4}" for k in range(60)]
-    (folder / "d.csv").write_text("text,label,user\n" + "\n".join(rows) + "\n", encoding="utf-8")
-    (folder / "e.toml").write_text(EXPERIMENT.format(rounds=ROUNDS, model=model), encoding="utf-8")
+    rows = [(f"{LABELS[k % 3]} w{k % 29} fox", LABELS[k % 3], f"u{k % 4}") for k in range(60)]
+    (folder / "d.csv").write_text(csv_of(rows), encoding="utf-8")
+    write_experiment(folder, model, ROUNDS, 'name = "d.csv"', "count = 4\nper_round = 3")
 
 
 @pytest.fixture
@@ -158,8 +133,8 @@ def test_killed_and_resumed_is_never_killed(
     monkeypatch.chdir(here)
     assert ends[case].count(-9) >= 2
     cut, whole = here / f"cut {case}", here / f"whole {case}"
-    in_process(command(CASES[case], whole.name))
-    in_process(command(CASES[case], cut.name, "--resume"))
+    finished(command(CASES[case], whole.name))
+    finished(command(CASES[case], cut.name, "--resume"))
     assert summary(cut) == summary(whole)
     assert told(cut) == told(whole)
     assert (cut / "clients.csv").read_bytes() == (whole / "clients.csv").read_bytes()
@@ -175,7 +150,7 @@ def test_what_is_carried_is_there(here: Path) -> None:
     from fedtailor.engines.states import States
 
     for case, changes in CASES.items():
-        in_process(command({**changes, "rounds": 2}, case))
+        finished(command({**changes, "rounds": 2}, case))
         states = States(here / case / "state")
         found = states.resume()
         assert found is not None
@@ -195,19 +170,17 @@ def test_what_is_carried_is_there(here: Path) -> None:
 def test_a_real_kill_at_a_real_moment(here: Path) -> None:
     """kill -9 from outside, some time after the first checkpoint."""
     changes = {**CASES["what int8 rounded off"], "rounds": 25, "evaluate.every": 0}
-    in_process(command(changes, "whole"))
-    words = [sys.executable, "-m", "fedtailor.cli", *command(changes, "cut")]
+    finished(command(changes, "whole"))
+    words = [*COMMAND, *command(changes, "cut")]
     one = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process: how many clients are stacked depends on it
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=one)
-    until = time.monotonic() + 120
-    while not (here / "cut" / "state" / "checkpoint.json").is_file() and time.monotonic() < until and process.poll() is None:
-        time.sleep(0.01)
+    until_checkpoint(process, here / "cut")
     time.sleep(random.Random(0).uniform(0, 0.5))
     process.kill()
     process.wait()
     assert not (here / "cut" / "summary.json").exists()
     assert 1 <= len((here / "cut" / "rounds.jsonl").read_bytes().splitlines()) < 25
-    in_process(command(changes, "cut", "--resume"))
+    finished(command(changes, "cut", "--resume"))
     assert summary(here / "cut") == summary(here / "whole")
     assert told(here / "cut") == told(here / "whole")
 
@@ -215,25 +188,36 @@ def test_a_real_kill_at_a_real_moment(here: Path) -> None:
 def test_more_rounds_are_the_same_rounds(here: Path) -> None:
     """Three rounds and three more are six."""
     changes = CASES["control variates"]
-    in_process(command(changes, "whole"))
-    in_process(command({**changes, "rounds": 3}, "grown"))
-    in_process(command(changes, "grown", "--resume"))
+    finished(command(changes, "whole"))
+    finished(command({**changes, "rounds": 3}, "grown"))
+    finished(command(changes, "grown", "--resume"))
     assert summary(here / "grown") == summary(here / "whole")
     assert told(here / "grown") == told(here / "whole")
 
 
 def test_resuming_what_is_done_changes_nothing(here: Path) -> None:
-    in_process(command({}, "done"))
-    before, lines = summary(here / "done"), told(here / "done")
-    in_process(command({}, "done", "--resume"))
-    assert (summary(here / "done"), told(here / "done")) == (before, lines)
+    finished(command({}, "done"))
+    before = summary(here / "done"), told(here / "done")
+    finished(command({}, "done", "--resume"))
+    assert (summary(here / "done"), told(here / "done")) == before
 
 
 def test_a_line_that_a_kill_cut_short_is_dropped(here: Path) -> None:
     changes = {"rounds": 2}
-    in_process(command(changes, "cut"))
-    lines = told(here / "cut")
+    finished(command(changes, "cut"))
+    whole = told(here / "cut")
     with (here / "cut" / "rounds.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"round": 3, "coh')
-    in_process(command(changes, "cut", "--resume"))
-    assert told(here / "cut") == lines
+    finished(command(changes, "cut", "--resume"))
+    assert told(here / "cut") == whole
+
+
+def test_the_bits_of_a_run_do_not_depend_on_the_number_of_cores(here: Path) -> None:
+    """Two processes, one with a thread and one with two: the same groups, the same sums, the same hash."""
+    found = []
+    for threads in ("1", "2"):
+        words = [*COMMAND, *command({}, f"on {threads}")]
+        subprocess.run(words, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": threads})
+        found.append((read(here / f"on {threads}" / "environment.json")["cpus"], read(here / f"on {threads}" / "summary.json")))
+    assert [cpus for cpus, _ in found] == [1, 2]
+    assert found[0][1]["state_hash"] == found[1][1]["state_hash"]

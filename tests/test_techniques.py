@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch.func import vmap
 
-from conftest import CAUSAL, FAMILIES, KINDS, LABELS, PADS, TEXT, batch_of, randomized
+from conftest import CAUSAL, FAMILIES, KINDS, LABELS, PADS, TEXT, batch_of, randomized, tokenizer
 from fedtailor import attention
 from fedtailor.backbone import Backbone, keys_and_values, load
 from fedtailor.config import ModelSection
@@ -428,6 +429,42 @@ def test_our_attention_is_the_stock_one(family: str, backbones: Backbones) -> No
     assert backbone.model.config._attn_implementation == attention.NAME
     stocks = AUTO[KINDS[family]].from_pretrained(backbone.source, attn_implementation="eager").eval()
     close(visible(family, logits_of(backbone.model, batch), batch), visible(family, logits_of(stocks, batch), batch))
+
+
+SPARED = {"bert": "bert.encoder.layer.1.attention.output", "roberta": "roberta.encoder.layer.1.attention.output"}
+SPARED |= {"distilbert": "distilbert.transformer.layer.1.sa_layer_norm", "vit": "vit.layers.1.layernorm_after"}
+
+
+@pytest.mark.parametrize("family", SPARED)
+def test_the_last_layer_computes_only_what_the_head_reads(family: str, backbones: Backbones, techniques: Techniques) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    assert backbones(family).unread == SPARED[family]
+    technique, batch = techniques(family, "full"), batch_of(family, extra=3)
+    params = {name: value.clone().requires_grad_() for name, value in technique.init.items()}
+    whole = copy.deepcopy(backbones(family).model).requires_grad_(True)
+    flops = []
+    with FlopCounterMode(display=False) as counter:
+        ours = technique.bind(False)(params, batch)
+        ours.square().sum().backward()
+        flops.append(counter.get_total_flops())
+    with FlopCounterMode(display=False) as counter:
+        logits = whole(**batch).logits
+        logits.square().sum().backward()
+        flops.append(counter.get_total_flops())
+    close(ours.detach(), logits.detach())
+    for name, p in whole.named_parameters():
+        assert (p.grad is None) == (params[name].grad is None), name
+        if p.grad is not None:
+            close(params[name].grad, p.grad)
+    assert flops[0] < 0.85 * flops[1]
+
+
+def test_a_classifier_that_reads_another_token_is_left_whole(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(vocab_size=45, n_embd=32, n_layer=2, n_head=4, n_positions=64, num_labels=3, pad_token_id=0)
+    transformers.GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer(0).save_pretrained(tmp_path)
+    assert load(ModelSection(name=str(tmp_path)), "text", LABELS).unread is None
 
 
 def test_keys_and_values_have_the_heads_of_the_cache(backbones: Backbones) -> None:

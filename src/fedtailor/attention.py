@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 NAME = "fedtailor"
+HALF = (torch.bfloat16, torch.float16)
 _local = threading.local()  # a prefix belongs to one forward of one worker thread
 
 
@@ -82,6 +83,12 @@ def attend(
     if groups > 1:
         key, value = _repeat(key, groups), _repeat(value, groups)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    dtype = query.dtype
+    if dtype in HALF and query.device.type == "cpu":
+        # On CPUs the backward of half-precision attention is several times slower than that of float32 (docs/performance.md).
+        query, key, value = query.float(), key.float(), value.float()
+        if attention_mask is not None and attention_mask.dtype in HALF:
+            attention_mask = attention_mask.float()
     if torch._C._functorch.maybe_current_level() is not None:
         out = _Folded.apply(  # type: ignore[no-untyped-call]
             query, key, value, attention_mask, scale, dropout, causal
@@ -90,7 +97,7 @@ def attend(
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scale, is_causal=causal
         )
-    return out.transpose(1, 2).contiguous(), None
+    return out.to(dtype).transpose(1, 2).contiguous(), None
 
 
 def _with_prefix(

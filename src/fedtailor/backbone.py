@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from fedtailor import attention
 from fedtailor.config import ModelSection
 from fedtailor.core import seed_of
-from fedtailor.errors import DataError, nearest
+from fedtailor.errors import ConfigError, DataError, first_line, nearest
 
 
 def _minilm() -> str:
@@ -34,6 +36,7 @@ class Backbone(NamedTuple):
     kind: str  # text | image | language | instruction
     source: str  # where it came from: the folder or hub id that an exported adapter names
     labels: list[str]
+    unread: str | None = None  # the module from which on a classifier needs the first token only
 
 
 def load(
@@ -47,7 +50,9 @@ def load(
     """The frozen model for data of this kind; a head that the checkpoint lacks is drawn from the seed.
 
     Raises:
-        DataError: no such model, a folder without configuration or weights, an unreachable hub, a wrong architecture.
+        DataError: no such model, a folder without configuration or weights, broken weights, an unreachable hub, a wrong
+            architecture.
+        ConfigError: model.labels is less than the classes there are.
     """
     from transformers import (
         AutoModelForCausalLM,
@@ -59,6 +64,8 @@ def load(
     auto = {"image": AutoModelForImageClassification, "text": AutoModelForSequenceClassification}
     extra: dict[str, Any] = {}
     if kind in auto:
+        if config.labels and config.labels < len(labels):
+            raise ConfigError(f"model.labels = {config.labels}: the data has {len(labels)} classes; leave it out")
         extra = {"num_labels": config.labels or len(labels), "ignore_mismatched_sizes": True}
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "head"))
@@ -71,8 +78,8 @@ def load(
                 **extra,
             )
             processor = _processor(source, config, kind)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-            raise DataError(f"model '{config.name}' cannot be loaded for {kind} data: {_first_line(error)}") from error
+        except Exception as error:  # broken files fail in many ways
+            raise DataError(f"model '{config.name}' cannot be loaded for {kind} data: {first_line(error)}") from error
     if kind in auto and labels:
         model.config.id2label = dict(enumerate(labels))
         model.config.label2id = {label: i for i, label in enumerate(labels)}
@@ -80,8 +87,9 @@ def load(
         processor.pad_token = processor.eos_token or processor.unk_token
     if kind != "image" and model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = processor.pad_token_id
-    model.requires_grad_(False).eval()
-    return Backbone(model.to(device), processor, kind, source, labels)
+    model.requires_grad_(False).eval().to(device)
+    backbone = Backbone(model, processor, kind, source, labels)
+    return backbone._replace(unread=where_others_go_unread(backbone)) if kind in auto else backbone
 
 
 def locate(name: str) -> str:
@@ -121,6 +129,19 @@ def fork(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, shared)
 
 
+def positions(backbone: Backbone) -> int | None:
+    """The most tokens that the model has learned positions for; None where positions are computed (rotary) or relative."""
+    tables = [
+        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)  # RoBERTa counts from there
+        for name, module in backbone.model.named_modules()
+        if isinstance(module, nn.Embedding) and re.search(r"position|wpe$", name.rpartition(".")[2])
+    ]
+    config: Any = backbone.model.config
+    if backbone.kind == "image" or not tables:
+        return None
+    return min(*tables, getattr(config.get_text_config(), "max_position_embeddings", min(tables)))
+
+
 @torch.no_grad()
 def keys_and_values(backbone: Backbone, length: int) -> tuple[Tensor, list[nn.Module]]:
     """What attention layers see of `length` real tokens or patches: ((layers, 2, kv_heads, length, dim), the layers).
@@ -129,7 +150,7 @@ def keys_and_values(backbone: Backbone, length: int) -> tuple[Tensor, list[nn.Mo
     """
     model = backbone.model
     with attention.observed() as (modules, found):
-        model(**sample_inputs(backbone, length))
+        model(**sample_inputs(backbone, min(length, positions(backbone) or length)))
     pairs = [torch.stack([k[0], v[0]]) for k, v in found]
     short = -(-length // pairs[0].shape[2])
     return torch.stack([p.repeat(1, 1, short, 1)[:, :, :length] for p in pairs]).float().cpu(), modules
@@ -153,6 +174,65 @@ def sample_inputs(backbone: Backbone, length: int, rows: int = 1) -> dict[str, T
     }
 
 
+@torch.no_grad()
+def where_others_go_unread(backbone: Backbone) -> str | None:
+    """Where a classifier reads the first token only, its last layer need compute little else: an eighth of MiniLM's work.
+
+    The place is found by trial, so no family needs code: of the last layer's modules, the one whose inputs may be cut to the
+    first token without a change of the logits, and with the fewest operations. Returns its name, or None where there is none
+    (decoders, mean pooling). Gradients are those of the whole layer: what nobody reads has none.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = backbone.model
+    stacks = [found for found in model.named_modules() if isinstance(found[1], nn.ModuleList) and len(found[1])]
+    if not stacks:
+        return None
+    name, layers = max(stacks, key=lambda found: sum(p.numel() for p in found[1].parameters()))
+    inputs = sample_inputs(backbone, 6, rows=2)
+    if backbone.kind == "text":
+        table = model.get_input_embeddings().weight  # type: ignore[operator]
+        inputs["input_ids"] = torch.randint(len(table), (2, 6), generator=torch.Generator().manual_seed(0)).to(table.device)
+        inputs["attention_mask"][1, 4:] = 0
+
+    def judged() -> tuple[Tensor, int]:
+        with FlopCounterMode(display=False) as counter:
+            return model(**inputs).logits, counter.get_total_flops()
+
+    whole, fewest = judged()
+    # A head of zeros would agree with anything: nothing is below a tolerance of 0.
+    tolerance = (1e-4 if whole.dtype == torch.float32 else 3e-2) * float(whole.abs().max())
+
+    def operations(cut: Any) -> float:
+        """Of a forward with this hook; infinite where the shapes no longer meet or the logits change."""
+        try:
+            logits, flops = judged()
+            return flops if float((logits - whole).abs().max()) < tolerance else math.inf
+        except (RuntimeError, ValueError, IndexError):
+            return math.inf
+        finally:
+            cut.remove()
+
+    # Large models that read another token, decoders, pay for this one forward and no more.
+    if operations(layers[-1].register_forward_hook(lambda _, __, output: first_token(layers[-1], _tuple(output))[0])) == math.inf:
+        return None
+    best: str | None = None
+    for inner, module in layers[-1].named_modules():
+        flops = operations(module.register_forward_pre_hook(first_token))
+        if flops < fewest:
+            best, fewest = f"{name}.{len(layers) - 1}.{inner}", flops
+    return best
+
+
+def _tuple(output: Any) -> tuple[Any, ...]:
+    return output if isinstance(output, tuple) else (output,)
+
+
+def first_token(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The hook at that place: (batch, tokens, width) -> (batch, 1, width)."""
+    return tuple(x[:, :1] if isinstance(x, Tensor) and x.dim() == 3 else x for x in inputs)
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """No progress bars and load reports from transformers: a fresh head is what we asked for."""
@@ -167,7 +247,3 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

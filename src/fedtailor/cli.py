@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from fedtailor import __version__
-from fedtailor.errors import ConfigError, DataError, FedtailorError, RunError, nearest
+from fedtailor.errors import ConfigError, FedtailorError, RunError, nearest
 
 # Heavy imports (torch, transformers) stay inside the commands: `--help` and a wrong flag answer at once.
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -39,7 +39,10 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 @app.command()
 def run(
     experiment: Annotated[
-        str | None, typer.Argument(help="EXPERIMENT.toml, or a name in experiments/. Without: the demo's defaults.")
+        str | None,
+        typer.Argument(
+            help="EXPERIMENT.toml, or a name in experiments/. Without: the defaults (MiniLM, prefix, pydocs, 20 clients)."
+        ),
     ] = None,
     out: Out = None,
     resume: Resume = False,
@@ -80,14 +83,17 @@ def compare(
     from fedtailor.compare import table
     from fedtailor.progress import watching
     from fedtailor.report import write
+    from fedtailor.report.folders import summary_of
 
-    chosen = _experiment(experiment, seed, set_)
+    changes = [*(set_ or []), *([f"compare.seeds=[{seed}]"] if seed is not None else [])]
+    chosen = _experiment(experiment, seed, changes)
     folder = out or Path("runs") / f"{chosen.name}-compare"
     with watching(err, chosen.rounds, many=True) as watch:
         rows = compare_cases(chosen, folder, watch)
     page = write([Path(r) for row in rows for r in row["runs"][:1]], folder / "report.html")
     if as_json:
-        print(json.dumps([{**row, "run": str(folder)} for row in rows]))
+        runs = [(row["name"], Path(run)) for row in rows for run in row["runs"]]
+        print(json.dumps([{"case": name, **summary_of(run), "run": str(run)} for name, run in runs]))
         return
     console = _console()
     _table(console, *table(rows))
@@ -97,19 +103,11 @@ def compare(
 @app.command()
 def evaluate(run: RunFolder, as_json: As_json = False) -> None:
     """Judge a run's model again, on the global test set and on every client's own test split."""
-    from fedtailor.run import SUMMARY, reopen
-    from fedtailor.run import evaluate as judge
+    from fedtailor.report.folders import summary_of
+    from fedtailor.run import judge_again
 
-    path = run / SUMMARY
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON: {error}") from error
-    world, engine, state, _ = reopen(run)
-    try:
-        scores = judge(world, engine, state, world.experiment.rounds)
-    finally:
-        engine.close()
+    summary = summary_of(run)
+    scores = judge_again(run)
     result = {
         **summary,
         **{k: v for k, v in scores.items() if not k.startswith("clients") or k in ("clients_mean", "clients_worst_decile")},
@@ -154,13 +152,12 @@ def export(
 
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ConfigError(f"--to '{to}' exists and is not an empty folder: name another one")
-    world, engine, state, states = reopen(run)
-    engine.close()
-    tree = tree_of(world, state, states, client)
+    model, state, states = reopen(run)
+    tree = tree_of(model, state, states, client)
     try:
-        (world.technique.merge if merge else world.technique.save)(tree, to)
+        (model.technique.merge if merge else model.technique.save)(tree, to)
     except OSError as error:
-        raise RunError(f"cannot write to '{to}': {error.strerror}") from error
+        raise RunError(f"cannot write to '{error.filename or to}': {error.strerror or error}") from error
     print(json.dumps({"run": str(run), "to": str(to), "merged": merge}) if as_json else to)
 
 

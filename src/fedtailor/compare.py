@@ -7,14 +7,14 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedtailor import wire
 from fedtailor.config import Experiment, assign, parse
 from fedtailor.errors import ConfigError
-from fedtailor.run import EXPERIMENT, SUMMARY, Watch, plain, run
+from fedtailor.run import EXPERIMENT, ROUNDS, SUMMARY, Watch, plain, run, stored
 
 COMPARISON = "compare.json"
 MEASURES = (
@@ -35,7 +35,21 @@ MEASURES = (
 class Case(NamedTuple):
     name: str  # what distinguishes it: "technique.kind=lora", "pooled"
     seed: int
-    experiment: Experiment
+    values: dict[str, Any]  # the experiment
+    choices: list[dict[str, Any]]  # dotted keys and values, one of which validation data chooses; [{}] without `choose`
+
+    def experiment(self, choice: dict[str, Any]) -> Experiment:
+        values = copy.deepcopy(self.values)
+        for key, value in choice.items():
+            assign(values, key.split("."), value)
+        return parse(values, where=f"compare case '{self.name}'")
+
+    def folder(self, choice: dict[str, Any]) -> Path:
+        parts = [self.name, *([_titled(choice)] if choice else []), f"seed-{self.seed}"]
+        return Path(*(re.sub(r"[^\w.=\-]+", "_", part) for part in parts))
+
+
+NOT_FOR_BASELINES = ("algorithm", "filters", "clients.devices")
 
 
 def cases(experiment: Experiment) -> Iterator[Case]:
@@ -45,17 +59,23 @@ def cases(experiment: Experiment) -> Iterator[Case]:
         ConfigError: a varied key that does not exist, or a value that it cannot have.
     """
     section = experiment.compare
-    for key, options in section.vary.items():
-        if not options:
-            raise ConfigError(f"compare.vary: '{key}' has no values: list some or leave it out")
-    grid = [dict(zip(section.vary, values, strict=True)) for values in itertools.product(*section.vary.values())]
+    grid = _grid(section.vary, "vary")
     variants = [{**one, **other} for one in section.sets or [{}] for other in grid]
     seen: set[tuple[str, int]] = set()
-    for changes in variants:
+    for variant in variants:
+        if "seed" in variant:
+            raise ConfigError("compare: seeds are varied by compare.seeds, a list, so that each case has them all")
+        changes, own = {k: v for k, v in variant.items() if k != "choose"}, variant.get("choose", {})
+        if not isinstance(own, dict) or not all(isinstance(v, list) for v in own.values()):
+            raise ConfigError('compare.sets: write choose as { "train.lr" = [0.001, 0.01] }')
+        choices = _grid({**section.choose, **own}, "choose")
+        if len(choices) > 1 and not (experiment.evaluate.every and experiment.clients.valid):
+            raise ConfigError("compare.choose needs validation data: set clients.valid above 0 and evaluate.every to 1 or more")
         for algorithm in (None, *(b for b in section.baselines if b in ("pooled", "local"))):
-            if algorithm and any(key.startswith(("algorithm", "filters", "clients.devices")) for key in changes):
-                changes = {k: v for k, v in changes.items() if not k.startswith(("algorithm", "filters", "clients.devices"))}
-            for seed in section.seeds:
+            if algorithm:
+                changes = {k: v for k, v in changes.items() if not k.startswith(NOT_FOR_BASELINES)}
+                choices = _unlike({k: v for k, v in c.items() if not k.startswith(NOT_FOR_BASELINES)} for c in choices)
+            for seed in section.seeds or [experiment.seed]:
                 values = copy.deepcopy(plain(experiment))
                 values.pop("compare")
                 values["seed"] = seed
@@ -66,29 +86,75 @@ def cases(experiment: Experiment) -> Iterator[Case]:
                     values["filters"] = {}
                     values["clients"].pop("devices", None)
                     values["clients"].pop("deadline", None)
-                title = ", ".join([algorithm or "", *(f"{k}={_short(v)}" for k, v in changes.items())]).strip(", ")
+                title = ", ".join([*([algorithm] if algorithm else []), *([_titled(changes)] if changes else [])])
                 title = title or str(experiment.algorithm.kind)
                 if (title, seed) not in seen:
                     seen.add((title, seed))
-                    yield Case(title, seed, parse(values, where=f"compare case '{title}'"))
+                    case = Case(title, seed, values, choices)
+                    for choice in choices:
+                        case.experiment(choice)  # a bad key is known before the first run
+                    yield case
 
 
-def compare(experiment: Experiment, out: Path, watch: Callable[[Case], Watch] = lambda case: Watch()) -> list[dict[str, Any]]:
-    """Run what is missing, resume what was cut, keep what is done; returns a row a case and writes compare.json and compare.md."""
+def _grid(values: dict[str, list[Any]], where: str) -> list[dict[str, Any]]:
+    for key, options in values.items():
+        if not options:
+            raise ConfigError(f"compare.{where}: '{key}' has no values: list some or leave it out")
+    return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
+
+
+def _unlike(choices: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    out: list[dict[str, Any]] = []
+    for choice in choices:
+        if choice not in out:
+            out.append(choice)
+    return out
+
+
+def _titled(changes: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={_short(value)}" for key, value in changes.items())
+
+
+def compare(
+    experiment: Experiment, out: Path, watch: Callable[[str, int], Watch] = lambda title, rounds: Watch()
+) -> list[dict[str, Any]]:
+    """Run what is missing, resume what was cut, keep what is done; returns a row a case and writes compare.json and compare.md.
+
+    What `compare.choose` leaves open is chosen for each case by the validation data of its first seed, the baselines' too:
+    test data are not looked at, and the other seeds run with what was chosen.
+    """
     todo = list(cases(experiment))
     summaries: dict[str, list[dict[str, Any]]] = {}
-    for case in todo:
-        folder = out / re.sub(r"[^\w.=\-]+", "_", case.name) / f"seed-{case.seed}"
-        summary = finished(folder, case.experiment)
+    chosen: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
+
+    def done(case: Case, choice: dict[str, Any]) -> dict[str, Any]:
+        folder, wanted = out / case.folder(choice), case.experiment(choice)
+        summary = finished(folder, wanted)
         if summary is None:
-            stale = (folder / EXPERIMENT).exists()
-            summary = run(case.experiment, folder, resume=stale, watch=watch(case))
-        summaries.setdefault(case.name, []).append({**summary, "run": str(folder)})
-    rows = [row(name, runs) for name, runs in summaries.items()]
+            title = f"{case.name}{', ' if choice else ''}{_titled(choice)} (seed {case.seed})"
+            summary = run(wanted, folder, resume=(folder / EXPERIMENT).exists(), watch=watch(title, wanted.rounds))
+        return {**summary, "run": str(folder)}
+
+    for case in todo:
+        if case.name not in chosen:
+            tried = [{**choice, **_validation(done(case, choice))} for choice in case.choices] if len(case.choices) > 1 else []
+            best = max(range(len(tried)), key=lambda i: tried[i]["rank"]) if tried else 0
+            chosen[case.name] = case.choices[best], [{k: v for k, v in t.items() if k != "rank"} for t in tried]
+        summaries.setdefault(case.name, []).append(done(case, chosen[case.name][0]))
+    rows = [{**row(name, runs), "chosen": chosen[name][0], "tried": chosen[name][1]} for name, runs in summaries.items()]
     rows += [flat(name, summaries) for name in experiment.compare.baselines if name == "majority"]
     wire.atomically(out / COMPARISON, lambda path: path.write_text(json.dumps(rows, indent=1), encoding="utf-8"))
     wire.atomically(out / "compare.md", lambda path: path.write_text(markdown(rows), encoding="utf-8"))
     return rows
+
+
+def _validation(summary: dict[str, Any]) -> dict[str, Any]:
+    """The last round's validation metric, and how it ranks: by the metric, then by the loss."""
+    last = json.loads((Path(summary["run"]) / ROUNDS).read_text(encoding="utf-8").splitlines()[-1])
+    sign = -1.0 if summary["metric"] == "perplexity" else 1.0
+    told = [(s, last.get(name)) for s, name in ((sign, "valid"), (-1.0, "valid_loss"))]
+    # What diverged has no value, and is worse than anything.
+    return {**{k: last.get(k) for k in ("valid", "valid_loss")}, "rank": [-math.inf if v is None else s * v for s, v in told]}
 
 
 def finished(folder: Path, experiment: Experiment) -> dict[str, Any] | None:
@@ -97,12 +163,10 @@ def finished(folder: Path, experiment: Experiment) -> dict[str, Any] | None:
     Raises:
         ConfigError: the folder holds the same case under other settings.
     """
-    from fedtailor.config import load
-
     path = folder / SUMMARY
     if not path.is_file():
         return None
-    if plain(load(folder / EXPERIMENT)) != plain(experiment):
+    if plain(stored(folder)) != plain(experiment):
         raise ConfigError(f"'{folder}' holds this case with other settings: remove it or name another --out")
     return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
@@ -153,7 +217,8 @@ def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     for r in rows:
         scores = [_score(r.get(m)) for m in MEASURES[:3]]
         sizes = [_number(r.get(m), f) for m, f in zip(MEASURES[3:6], (1e3, 1e3, 1e6), strict=True)]
-        body.append([r["name"], *scores, *sizes, _number(r.get("trainable_parameters"), 1, 0), _number(r.get("seconds"), 1)])
+        name = f"{r['name']} ({_titled(r['chosen'])} chosen)" if r.get("chosen") else r["name"]
+        body.append([name, *scores, *sizes, _number(r.get("trainable_parameters"), 1, 0), _number(r.get("seconds"), 1)])
     return head, body
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from fedtailor.core import Plan
 from fedtailor.errors import ConfigError, nearest
@@ -18,10 +20,17 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("should be a finite number")
+    return value
+
+
 class OpenSection(BaseModel):
     """`kind` and the options of that kind, which its own signature checks."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
+    __pydantic_extra__: dict[str, Annotated[Any, AfterValidator(_finite)]] = Field(init=False)
     kind: str
 
     @property
@@ -45,7 +54,7 @@ class DataSection(Section):
     test: str | float | None = Field(None, description="a file or split, or the fraction held out (0.2 without a test set)")
     limit: int | None = Field(None, ge=1, description="training examples, drawn by the seed")
     test_limit: int | None = Field(None, ge=1, description="test examples, drawn by the seed")
-    max_length: int = Field(128, ge=2, description="tokens; longer texts are cut")
+    max_length: int = Field(128, ge=2, description="tokens; longer texts are cut, at 128 or where the model's positions end")
     metric: Literal["auto", "accuracy", "f1", "macro_f1", "matthews", "perplexity"] = "auto"
 
 
@@ -92,12 +101,15 @@ class TrainSection(Section):
     lr: float = Field(1e-2, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     momentum: float = Field(0.0, ge=0, lt=1)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="of the rate, over a client's steps in a round"
+    )
+    decay: Literal["constant", "linear", "cosine"] = Field("constant", description="of the rate, over the rounds")
     clip: float = Field(0.0, ge=0)
     dropout: bool = False
 
-    def plan(self) -> Plan:
-        return Plan(**self.model_dump())
+    def plan(self, rounds: int) -> Plan:
+        return Plan(**self.model_dump(), rounds=rounds)
 
 
 class FiltersSection(Section):
@@ -127,9 +139,10 @@ class TrackSection(Section):
 
 class CompareSection(Section):
     vary: dict[str, list[Any]] = Field({}, description='dotted keys and their values: "technique.kind" = ["prefix", "lora"]')
-    seeds: list[int] = Field([0], min_length=1)
+    seeds: list[NonNegativeInt] = Field([], description="seeds of each case; the experiment's own when absent")
     baselines: list[Literal["pooled", "local", "majority"]] = []
     sets: list[dict[str, Any]] = Field([], description="cases given one by one: tables of dotted keys")
+    choose: dict[str, list[Any]] = Field({}, description="dotted keys and values to choose among, a case, on validation data")
 
 
 class Experiment(Section):
@@ -156,7 +169,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
         ConfigError: no such file, not TOML, an unknown key, a wrong type, an impossible value.
     """
     if not path.is_file():
-        beside = [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+        beside = [p.name for p in path.parent.glob("*.toml") if p.name != "pyproject.toml"] if path.parent.is_dir() else []
         hint = f": {nearest(path.name, beside)}" if beside else ""
         raise ConfigError(f"experiment file '{path}' does not exist{hint}")
     try:
@@ -213,9 +226,17 @@ def _explain(error: ValidationError, text: str, where: str) -> str:
     place = f"{where}{_line(text, path)}"
     if first["type"] == "extra_forbidden":
         return f"{place}: unknown key '{key}': {nearest(path[-1], _fields(path[:-1]))}"
+    if first["type"] == "missing" and path[-1].isdigit():  # an entry of a list of fixed length
+        field = _model(path[:-2]).model_fields[path[-2]]
+        return f"{place}: '{'.'.join(path[:-1])}' needs {field.description} (got {path[-1]})"
     if first["type"] == "missing":
         return f"{place}: '{key}' is missing"
     given = first.get("input")
+    if first["type"] == "model_type":
+        example = (
+            f"{path[-1]} = {{ kind = {json.dumps(given)} }}" if isinstance(given, str) and "kind" in _fields(path) else f"[{key}]"
+        )
+        return f"{place}: '{key}' is a section, not a value: write it as {example}"
     shown = f" (got {given!r})" if not isinstance(given, dict | list) else ""
     message = first["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
     if first["type"] == "literal_error" and isinstance(given, str):
@@ -225,13 +246,18 @@ def _explain(error: ValidationError, text: str, where: str) -> str:
 
 
 def _fields(path: Sequence[str]) -> list[str]:
+    return list(getattr(_model(path), "model_fields", {}))
+
+
+def _model(path: Sequence[str]) -> Any:
+    """The section at this path."""
     model: Any = Experiment
     for part in path:
         if part.isdigit():
             continue
         annotation = model.model_fields[part].annotation
         model = next((a for a in getattr(annotation, "__args__", ()) if isinstance(a, type)), annotation)
-    return list(getattr(model, "model_fields", {}))
+    return model
 
 
 def _line(text: str, path: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ stacked == one by one within 1e-5; same seed, same result, whatever the order in
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -64,8 +65,22 @@ class Plan(NamedTuple):
     weight_decay: float = 0.0
     momentum: float = 0.0
     schedule: str = "constant"  # constant | linear | cosine, over the steps of one Fit
+    decay: str = "constant"  # the same, from round to round; the engine applies it (`at`)
+    rounds: int = 1  # over which the rate decays
     clip: float = 0.0  # norm of one client's gradient; 0 is no clipping
     dropout: bool = False  # the model's own dropout while training
+
+    def at(self, round: int) -> Plan:
+        """The plan of a round, counted from 1: its rate has come down as far as `decay` says."""
+        rate = self.lr * falling(self.decay, (round - 1) / self.rounds)
+        return self._replace(lr=rate, decay="constant", rounds=1)
+
+
+def falling(shape: str, passed: float) -> float:
+    """What is left of a rate when a share `passed` of the way is behind it: 1 at the start, 0 at the end unless constant."""
+    if shape == "linear":
+        return 1 - passed
+    return 0.5 * (1 + math.cos(math.pi * passed)) if shape == "cosine" else 1.0
 
 
 class Fit(NamedTuple):
@@ -81,7 +96,7 @@ class Fit(NamedTuple):
 
 class Fitted(NamedTuple):
     params: Tree
-    seen: Mapping[str, float]  # n (rows), steps, examples (passes), loss (mean over the steps), flops
+    seen: Mapping[str, float]  # n (rows), steps, examples (passes), loss and lr (means over the steps), flops
     optimizer: Tree  # the optimiser's state after the last step
 
 
@@ -164,6 +179,8 @@ class Job(NamedTuple):
     plan: Plan = Plan()
     clients: int = 1  # all clients of the federation, not only a cohort
     device: str = "cpu"
+    sizes: tuple[int, ...] = ()  # ranks or prefix lengths, where clients differ in them; the initial tree has the largest
+    exact_down: bool = True  # what the server sends arrives unrounded (no lossy filter)
 
 
 def seed_of(seed: int, *purpose: str | int) -> int:

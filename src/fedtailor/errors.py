@@ -28,6 +28,11 @@ class RunError(FedtailorError):
     """The run itself failed: lost clients, a corrupt checkpoint, a full disk (exit code 4)."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of somebody else's error that says something; its type where none does."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """A hint that ends an error line: the closest valid choice, or all of them when none is close."""
     known = sorted(str(c) for c in choices)

@@ -37,17 +37,19 @@ def _cast(dtype: torch.dtype) -> Filter:
 
 
 def quantize(t: Tensor) -> tuple[Tensor, Tensor]:
-    """(int8 values, float32 scale of each row): symmetric, one scale a row of the last axis; ties to even.
+    """(int8 values, float32 scales): symmetric, ties to even; one scale along the longest axis (the last of equals), so that
+    scales stay few next to what they scale: LoRA's B, (width, rank), has one a rank and not one a row.
 
-    Shapes: t (..., n) -> (..., n) int8 and (..., 1); a vector or a scalar has one scale.
+    Shapes: t (..., n, ...) -> the same in int8, and (..., 1, ...) float32.
     """
-    largest = t.abs().amax(dim=-1, keepdim=True) if t.dim() > 1 else t.abs().amax().reshape([1] * t.dim())
+    axis = max(range(t.dim()), key=lambda k: (t.shape[k], k), default=None)
+    largest = t.abs() if axis is None else t.abs().amax(dim=axis, keepdim=True)
     step = (largest.float() / 127).clamp_min(torch.finfo(torch.float32).tiny)
     return torch.round(t.float() / step).clamp(-127, 127).to(torch.int8), step
 
 
 def _int8(feedback: bool = True) -> Filter:
-    """Send floats as int8 with one scale a row; about a quarter of the bytes of float32."""
+    """Send floats as int8 with a scale for each line of the longest axis; about a quarter of the bytes of float32."""
 
     def pack(tree: Mapping[str, object], kept: Mapping[str, object]) -> tuple[Tree, Tree]:
         out: Tree = {}
@@ -67,8 +69,9 @@ def _int8(feedback: bool = True) -> Filter:
         return out, lost
 
     def apply(message: Message, memory: Tree) -> tuple[Message, Tree]:
-        body, lost = pack(message.body, memory)
-        return message._replace(body=body), lost if feedback else memory
+        # What an update lost is owed to the next update, not to a reply of another kind with tensors of the same names.
+        body, lost = pack(message.body, memory.get(message.verb, {}))
+        return message._replace(body=body), {**memory, message.verb: lost} if lost else memory
 
     def unpack(tree: Mapping[str, object]) -> Tree:
         out: Tree = {}
@@ -88,7 +91,7 @@ def _int8(feedback: bool = True) -> Filter:
 FILTERS: Mapping[str, tuple[Callable[[], Filter], str]] = {
     "bf16": (lambda: _cast(torch.bfloat16), "floats as bfloat16: half the bytes, three digits"),
     "fp16": (lambda: _cast(torch.float16), "floats as float16: half the bytes; small numbers vanish below 6e-8"),
-    "int8": (_int8, "floats as int8, one scale a row, what rounding lost is sent later: a quarter of the bytes"),
+    "int8": (_int8, "floats as int8, a scale a line, what rounding lost is sent later: a quarter of the bytes"),
     "int8-plain": (lambda: _int8(feedback=False), "int8 that forgets what rounding lost"),
 }
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedtailor.core import Batch, Forward, Tree
 from fedtailor.data.examples import IGNORED
+from fedtailor.errors import ConfigError, nearest
 from fedtailor.losses import next_tokens
 from fedtailor.trees import add
 
@@ -71,7 +72,7 @@ def _tally_tokens(outputs: Tree) -> Tree:
 
 def accuracy(sums: Tree) -> float:
     """Share of the rows (of the tokens that count, for language) that are right."""
-    return float(sums["correct"] / sums["n"])
+    return float(sums["correct"]) / float(sums["n"])  # two tensors of integers would be divided in float32
 
 
 def f1(sums: Tree) -> float:
@@ -88,7 +89,7 @@ def macro_f1(sums: Tree) -> float:
 
 def _f1_of(confusion: Tensor, k: int) -> float:
     hit, given, true = confusion[k, k], confusion[:, k].sum(), confusion[k].sum()
-    return float(2 * hit / (given + true).clamp_min(1))
+    return 2 * float(hit) / max(float(given + true), 1.0)
 
 
 def matthews(sums: Tree) -> float:
@@ -111,12 +112,22 @@ def mean_loss(sums: Tree) -> float:
 
 
 def metric(name: str, kind: str, classes: int) -> Metric:
-    """The metric for data of this kind; "auto" is accuracy for classes and perplexity for language."""
-    if kind in ("language", "instruction"):
+    """The metric for data of this kind; "auto" is accuracy for classes and perplexity for language.
+
+    Raises:
+        ConfigError: this data has no such metric.
+    """
+    tokens = kind in ("language", "instruction")
+    values = {"perplexity": perplexity} if tokens else {"accuracy": accuracy, "macro_f1": macro_f1, "matthews": matthews}
+    if classes == 2:
+        values["f1"] = f1
+    if name not in ("auto", *values):
+        what = f"{kind} data" if tokens else f"{classes} classes"
+        raise ConfigError(f"data.metric cannot be '{name}' for {what}: {nearest(name, values)}")
+    if tokens:
         return Metric("perplexity", judge_tokens, _tally_tokens, perplexity, float.__lt__)
     if name in ("auto", "accuracy"):
         return Metric("accuracy", judge_classes, _tally_accuracy, accuracy)
-    values = {"f1": f1, "macro_f1": macro_f1, "matthews": matthews}
     return Metric(name, judge_classes, partial(_tally_confusion, classes=classes), values[name])
 
 

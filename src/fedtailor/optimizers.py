@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam as fused_adam
+from torch.optim.adamw import adamw as fused_adamw
 
-from fedtailor.core import Plan, Tree
+from fedtailor.core import Plan, Tree, falling
 from fedtailor.trees import tree_map, zeros_like
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # the defaults of torch.optim.Adam and AdamW
@@ -17,11 +19,7 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # the defaults of torch.optim.Adam and
 
 def learning_rate(plan: Plan, step: int, steps: int) -> float:
     """Rate at `step` (from 0) of `steps`."""
-    if plan.schedule == "linear":
-        return plan.lr * (1 - step / steps)
-    if plan.schedule == "cosine":
-        return plan.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
-    return plan.lr
+    return plan.lr * falling(plan.schedule, step / steps)
 
 
 def fresh(plan: Plan, params: dict[str, Tensor]) -> Tree:
@@ -40,6 +38,9 @@ def apply(plan: Plan, params: dict[str, Tensor], state: Tree, rates: Tensor | fl
     """
     state["step"] += 1
     count = state["step"]
+    if plan.optimizer != "sgd" and not isinstance(rates, Tensor):
+        _adam(plan, params, state, rates)
+        return
     for name, p in params.items():
         if p.grad is None:
             continue
@@ -60,6 +61,30 @@ def apply(plan: Plan, params: dict[str, Tensor], state: Tree, rates: Tensor | fl
         v.mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
         below = (v.sqrt() / math.sqrt(1 - BETA2**count)).add_(EPSILON)
         p.sub_((lr / (1 - BETA1**count)) * m / below)
+
+
+def _adam(plan: Plan, params: dict[str, Tensor], state: Tree, rate: float) -> None:
+    """torch's own fused step: one pass over memory where the rule written out takes ten (full fine-tuning waits for it)."""
+    there = [name for name, p in params.items() if p.grad is not None]
+    # Each tensor wants a count of its own, which the step raises by one.
+    counts = [torch.full((), float(state["step"] - 1), device=params[name].device) for name in there]
+    step = fused_adamw if plan.optimizer == "adamw" else fused_adam
+    step(
+        [params[name] for name in there],
+        [params[name].grad for name in there],  # type: ignore[misc]
+        [state["m"][name] for name in there],
+        [state["v"][name] for name in there],
+        [],
+        counts,
+        fused=True,
+        amsgrad=False,
+        beta1=BETA1,
+        beta2=BETA2,
+        lr=rate,
+        weight_decay=plan.weight_decay,
+        eps=EPSILON,
+        maximize=False,
+    )
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from fedtailor.run import Watch
 
 @contextmanager
 def watching(console: Console, rounds: int, many: bool = False) -> Iterator[Any]:
-    """A `Watch` that shows a run; with `many`, a function case -> Watch for a comparison."""
+    """A `Watch` that shows a run; with `many`, a function (title, rounds) -> Watch for a comparison."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
 
@@ -36,6 +36,6 @@ def watching(console: Console, rounds: int, many: bool = False) -> Iterator[Any]
             return Watch(notice=lambda text: console.print(prefix + text, soft_wrap=True), stage=stage, round=line)
 
         if many:
-            yield lambda case: watch(f"{case.name} (seed {case.seed})", case.experiment.rounds)
+            yield watch
         else:
             yield watch("", rounds)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import math
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -16,19 +19,25 @@ import tomli_w
 import torch
 
 from fedtailor import wire
-from fedtailor.config import Experiment, load
+from fedtailor.backbone import EMBEDDED as MODELS
+from fedtailor.config import Experiment, load, parse
 from fedtailor.core import SERVER, ClientId, Letters, Tree, stream
+from fedtailor.data.readers import TABLES
+from fedtailor.data.sources import EMBEDDED as DATA
 from fedtailor.engines.answering import Workers
 from fedtailor.engines.local import Local
 from fedtailor.engines.states import MANIFEST, States
+from fedtailor.engines.training import Flops, no_flops
 from fedtailor.errors import ConfigError, DataError, RunError
 from fedtailor.filters import chain
 from fedtailor.ledger import COLUMNS, Ledger, peak_memory
 from fedtailor.metrics import mean_loss, total
-from fedtailor.simulation import BASELINES, World, build
+from fedtailor.simulation import BASELINES, Facts, Model, World, build, equip
 from fedtailor.trees import numel
 
-EXPERIMENT, ROUNDS, CLIENTS, SUMMARY = "experiment.toml", "rounds.jsonl", "clients.csv", "summary.json"
+EXPERIMENT, ENVIRONMENT, FACTS = "experiment.toml", "environment.json", "facts.json"
+ROUNDS, CLIENTS, SUMMARY = "rounds.jsonl", "clients.csv", "summary.json"
+FILES = (("model", "name"), ("data", "name"), ("data", "test"), ("algorithm", "kind"))  # keys that may name a file or folder
 
 
 class Watch(NamedTuple):
@@ -52,7 +61,9 @@ def run(experiment: Experiment, out: Path, resume: bool = False, watch: Watch = 
     watch.stage("loading data and model")
     world = build(experiment)
     make_folder(experiment, out)  # only now: a mistake in the experiment leaves nothing behind
+    facts = json.dumps(world.facts._asdict(), indent=1)
     with wire_errors(out):
+        wire.atomically(out / FACTS, lambda path: path.write_text(facts, encoding="utf-8"))
         return _run(world, out, watch)
 
 
@@ -65,7 +76,7 @@ def _run(world: World, out: Path, watch: Watch) -> dict[str, Any]:
     engine = Local(
         algorithm,
         world.sites,
-        workers(world),
+        workers(world, world.flops),
         states,
         ledger,
         up=chain(experiment.filters.up),
@@ -92,24 +103,29 @@ def _run(world: World, out: Path, watch: Watch) -> dict[str, Any]:
             cohort = draw(clients, experiment.clients.per_round, experiment.seed, number)
             state = engine.converse(algorithm.round(state, cohort), number)
             line: dict[str, Any] = {"round": number, **_costs(ledger, engine, len(cohort))}
-            if "aggregation_error" in state:
+            if "aggregation_error" in state and line["replies"]:  # else it is that of an earlier round
                 line["aggregation_error"] = state["aggregation_error"]
             if experiment.evaluate.every and (number % experiment.evaluate.every == 0 or number == experiment.rounds):
                 line |= _validate(world, engine, state, number)
-            line |= {"seconds": time.perf_counter() - begun, "peak_memory_bytes": peak_memory()}
+            line = defined({**line, "seconds": time.perf_counter() - begun, "peak_memory_bytes": peak_memory()})
             with (out / ROUNDS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(line, allow_nan=False) + "\n")
             elapsed += line["seconds"]
             states.commit(number, state, engine.dump(), {**ledger.dump(), "elapsed": elapsed})
             tracker(line, number)
             watch.round(line)
+        if SERVER not in ledger.clients and not ledger.total("replies"):
+            raise RunError(
+                f"no client was heard in {experiment.rounds} rounds: every reply was not finite or lost; "
+                "lower train.lr, set train.clip, or lower the dropout of clients.devices"
+            )
         watch.stage("evaluating on the test sets")
-        summary = _finish(world, engine, state, states, ledger, elapsed, out)
+        summary: dict[str, Any] = defined(_finish(world, engine, state, states, ledger, elapsed, out))
         summary["seconds_total"] = earlier + time.perf_counter() - started
     finally:
         engine.close()
         tracker(None, 0)
-    wire.atomically(out / SUMMARY, lambda path: path.write_text(json.dumps(summary, indent=1), encoding="utf-8"))
+    wire.atomically(out / SUMMARY, lambda path: path.write_text(json.dumps(summary, indent=1, allow_nan=False), "utf-8"))
     return summary
 
 
@@ -121,13 +137,13 @@ def draw(clients: list[ClientId], size: int | None, seed: int, round: int) -> li
     return [clients[i] for i in sorted(picked.tolist())]
 
 
-def workers(world: World) -> Workers:
+def workers(model: Model, flops: Flops = no_flops) -> Workers:
     """One single-threaded worker a core on a CPU, one worker on a GPU."""
-    engine = world.experiment.engine
+    engine, device = model.experiment.engine, model.job.device
     cores = torch.get_num_threads()
-    count = engine.workers or (1 if world.device != "cpu" or world.experiment.train.dropout else max(1, min(cores, 8)))
-    group = engine.group or (64 if world.device != "cpu" else 0)
-    return Workers(world.technique.bind, count, world.device, world.flops, group)
+    count = engine.workers or (1 if device != "cpu" or model.experiment.train.dropout else max(1, min(cores, 8)))
+    group = engine.group or (64 if device != "cpu" else 0)
+    return Workers(model.technique.bind, count, device, flops, group)
 
 
 def check_folder(experiment: Experiment, out: Path, resume: bool) -> None:
@@ -143,7 +159,7 @@ def check_folder(experiment: Experiment, out: Path, resume: bool) -> None:
     if begun and not resume:
         raise ConfigError(f"'{out}' already holds a run: add --resume to go on with it, or name another --out")
     if begun:
-        ours, theirs = plain(experiment), plain(load(path))
+        ours, theirs = plain(experiment), plain(stored(out))
         changed = [k for k in ours | theirs if ours.get(k) != theirs.get(k) and k not in ("rounds", "track")]
         if changed:
             raise ConfigError(f"'{out}' holds another experiment: section '{changed[0]}' differs; name another --out")
@@ -166,24 +182,69 @@ def check_trackers(experiment: Experiment) -> None:
 
 
 def make_folder(experiment: Experiment, out: Path) -> None:
-    resolved = tomli_w.dumps(plain(experiment))
+    resolved, here = tomli_w.dumps(plain(experiment)), {**environment(), "folder": str(out.resolve())}
     try:
         out.mkdir(parents=True, exist_ok=True)
         wire.atomically(out / EXPERIMENT, lambda p: p.write_text(resolved, encoding="utf-8"))
-        (out / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
+        (out / ENVIRONMENT).write_text(json.dumps(here, indent=1), encoding="utf-8")
     except OSError as error:
         raise RunError(f"cannot write to '{out}': {error.strerror}") from error
 
 
 def plain(experiment: Experiment) -> dict[str, Any]:
-    """The resolved experiment as plain values without None (TOML has none)."""
+    """The resolved experiment as plain values: paths are absolute, and no None (TOML has none).
+
+    Equal experiments have equal values whatever directory they are read in; what may be a hub id stays as it is, unless a
+    file or folder of that name is there.
+    """
 
     def strip(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: strip(v) for k, v in value.items() if v is not None}
         return [strip(v) for v in value] if isinstance(value, list | tuple) else value
 
-    return strip(experiment.model_dump())  # type: ignore[no-any-return]
+    values: dict[str, Any] = strip(experiment.model_dump())
+    model, data, algorithm = values["model"], values["data"], values["algorithm"]
+    folder, rows, test = (Path(str(name)).expanduser() for name in (model["name"], data["name"], data.get("test", "")))
+    if model["name"] not in MODELS and (_is_path(model["name"]) or folder.is_dir()):
+        model["name"] = _absolute(folder)
+    if data["name"] not in DATA and (_is_path(data["name"]) or rows.exists()):
+        data["name"] = _absolute(rows)
+    if test.suffix.lower() in TABLES and test.is_file():  # else it is beside the data, whose name is absolute
+        data["test"] = _absolute(test)
+    file, found, function = algorithm["kind"].rpartition(":")
+    if found:
+        algorithm["kind"] = f"{_absolute(Path(file))}:{function}"
+    return values
+
+
+def stored(out: Path) -> Experiment:
+    """The experiment of a run folder; what was moved or copied together with the folder is named where it is now.
+
+    Raises:
+        ConfigError: the file is missing or was altered into something that is no experiment.
+    """
+    values, now = plain(load(out / EXPERIMENT)), str(out.resolve())
+    was = now
+    with contextlib.suppress(OSError, ValueError, KeyError):  # an earlier version's, or cut by a kill: taken as not moved
+        was = json.loads((out / ENVIRONMENT).read_text(encoding="utf-8"))["folder"]
+    for section, key in FILES:
+        name = str(values[section].get(key))
+        if was != now and os.path.isabs(name):
+            moved = os.path.normpath(os.path.join(now, os.path.relpath(name, was)))
+            if Path(moved.rpartition(":")[0] if section == "algorithm" else moved).exists():
+                values[section][key] = moved
+    return parse(values)
+
+
+def _is_path(name: str) -> bool:
+    """Whether this names a file or folder even where there is none: one that is gone is to be reported as that."""
+    return name.startswith((".", "~")) or Path(name).suffix.lower() in (*TABLES, ".zip")
+
+
+def _absolute(path: Path) -> str:
+    """The last part stays as it is: a link into the hub's cache has the suffix that its target lacks."""
+    return str(path.parent.resolve() / path.name)
 
 
 def environment() -> dict[str, Any]:
@@ -197,8 +258,18 @@ def environment() -> dict[str, Any]:
     }
 
 
+def defined(value: Any) -> Any:
+    """JSON has no NaN and no infinity: what a diverged model's measures may be is None there."""
+    if isinstance(value, dict):
+        return {name: defined(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [defined(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class wire_errors:
-    """Turns the operating system's complaints (a full disk) into one line that says how to go on."""
+    """Turns the operating system's complaints (a full disk, also that of the temporary folder) into one line that says how
+    to go on. What a run reads is in memory or in its checkpoint by then: all that is left to fail is writing."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -206,8 +277,9 @@ class wire_errors:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, OSError) and error.errno in (28, 122, 30, 13):
-            raise RunError(f"cannot write to '{self.out}': {error.strerror}; free space, then --resume") from error
+        if isinstance(error, OSError):
+            where, why = error.filename or self.out, error.strerror or error
+            raise RunError(f"cannot write to '{where}': {why}; free space, then --resume") from error
 
 
 def _costs(ledger: Ledger, engine: Local, cohort: int) -> dict[str, Any]:
@@ -289,7 +361,7 @@ def _finish(
         "clients": len(world.clients),
         "train_rows": int(sum(len(s.train) for s in world.clients.values())),
         **world.without_training(),
-        "partition": {"clients": sorted(world.clients), "labels": world.labels, "counts": world.counts.tolist()},
+        "partition": {"clients": world.facts.clients, "labels": world.facts.labels, "counts": world.counts.tolist()},
         "state_hash": states.hash(state),
     }
 
@@ -303,9 +375,9 @@ def save_personal(world: World, states: States, state: Tree, folder: Path) -> No
         world.technique.save(tree, folder / client)
 
 
-def broadcast_of(world: World, state: Tree, client: ClientId) -> Tree:
+def broadcast_of(model: Model, state: Tree, client: ClientId) -> Tree:
     """What the server would send this client for it to build its personal tree."""
-    talk = world.algorithm.answer(state, [client])
+    talk = model.algorithm.answer(state, [client])
     letters = next(talk)
     talk.close()
     return dict((letters.to if isinstance(letters, Letters) else letters)[client].body)
@@ -319,7 +391,7 @@ def _write_clients(world: World, ledger: Ledger, own: dict[str, float], wide: di
         for client, rows in sorted(world.clients.items()):
             line = ledger.clients.get(client, {})
             sizes = [len(rows.train), len(rows.valid), len(rows.test)]
-            device = world.sites(client, 0).device.name
+            device = world.site(client, 0).device.name
             writer.writerow(
                 [client, device, *sizes, own.get(client, ""), wide.get(client, ""), *(line.get(c, 0) for c in COLUMNS)]
             )
@@ -334,7 +406,7 @@ def _keep_rounds(path: Path, done: int) -> None:
         try:
             if json.loads(line)["round"] <= done:
                 kept.append(line)
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             break  # a kill cut this line short
     wire.atomically(path, lambda p: p.write_text("".join(line + "\n" for line in kept), encoding="utf-8"))
 
@@ -361,26 +433,51 @@ def _tracker(experiment: Experiment, out: Path) -> Callable[[dict[str, Any] | No
     return log
 
 
-def reopen(out: Path) -> tuple[World, Local, Tree, States]:
-    """A finished or interrupted run, ready to be asked: for `evaluate`, `predict` and `export`.
+def reopen(out: Path) -> tuple[Model, Tree, States]:
+    """The model of a finished or interrupted run, without its data: for `predict` and `export`.
 
     Raises:
         ConfigError: the folder holds no run. RunError: it has no checkpoint yet, or a corrupt one.
     """
+    experiment, state, states = _checkpoint(out)
+    path = out / FACTS
+    if not path.is_file():  # a folder of an earlier version: the data still says it
+        return build(experiment), state, states
+    try:
+        facts = Facts(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{path}: corrupt ({error}): remove it, and the data is read in its place") from error
+    return equip(experiment, facts), state, states
+
+
+def judge_again(out: Path) -> dict[str, Any]:
+    """`evaluate` for the last checkpoint of a finished or interrupted run.
+
+    Raises:
+        ConfigError, RunError: as `reopen`. DataError: the data cannot be read.
+    """
+    experiment, state, states = _checkpoint(out)
+    world, nothing = build(experiment), chain([])
+    engine = Local(
+        world.algorithm, world.sites, workers(world), states, Ledger(), nothing, nothing, experiment.seed,
+        stacked=experiment.engine.stacked,
+    )  # fmt: skip
+    try:
+        scores: dict[str, Any] = defined(evaluate(world, engine, state, experiment.rounds))
+        return scores
+    finally:
+        engine.close()
+
+
+def _checkpoint(out: Path) -> tuple[Experiment, Tree, States]:
     if not (out / EXPERIMENT).is_file():
         raise ConfigError(f"'{out}' is not a run folder (no {EXPERIMENT} in it)")
     if not (out / "state" / MANIFEST).is_file():
         raise RunError(f"'{out}' has no checkpoint yet: run it first")
-    world = build(load(out / EXPERIMENT))
-    states, ledger = States(out / "state"), Ledger()
+    experiment, states = stored(out), States(out / "state")
     before = states.resume()
     assert before is not None
-    nothing = chain([])
-    engine = Local(
-        world.algorithm, world.sites, workers(world), states, ledger, nothing, nothing, world.experiment.seed,
-        stacked=world.experiment.engine.stacked,
-    )  # fmt: skip
-    return world, engine, before[1], states
+    return experiment, before[1], states
 
 
-__all__ = ["DataError", "Watch", "draw", "environment", "evaluate", "reopen", "run", "save_personal"]
+__all__ = ["DataError", "Watch", "draw", "environment", "evaluate", "judge_again", "reopen", "run", "save_personal"]

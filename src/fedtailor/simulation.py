@@ -1,11 +1,13 @@
-"""From an experiment to everything a run needs: backbone, technique, algorithm, and the sites of all clients."""
+"""From an experiment to everything a run needs, in two steps: the model (`equip`), then the data (`build`)."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,18 +15,20 @@ import numpy as np
 import torch
 
 from fedtailor.algorithms import ALGORITHMS
-from fedtailor.backbone import Backbone, sample_inputs
+from fedtailor.backbone import Backbone, positions, sample_inputs
 from fedtailor.backbone import load as load_backbone
-from fedtailor.config import DeviceSection, Experiment
+from fedtailor.config import DataSection, DeviceSection, Experiment
 from fedtailor.core import SERVER, Algorithm, ClientId, Device, Job, Site, seed_of, stream
 from fedtailor.data.examples import Store, Subset
-from fedtailor.errors import ConfigError, DataError, nearest
+from fedtailor.errors import ConfigError, DataError, FedtailorError, first_line, nearest
 from fedtailor.ledger import count_flops
 from fedtailor.losses import classification, language
 from fedtailor.metrics import Metric, metric
 from fedtailor.techniques import TECHNIQUES, Technique
+from fedtailor.techniques.peft import positions_taken
 
 CODE = ("loss", "server_opt")  # parameters of an algorithm that are functions: set in code, never in a file
+TEXT = 24  # positions that must be left to a text: steps of up to so many tokens are counted before a run (ledger.py)
 BASELINES = ("pooled",)  # algorithms that train where the data is pooled: nothing crosses a wire
 
 
@@ -36,33 +40,97 @@ class Split(NamedTuple):
     test: np.ndarray
 
 
-class World(NamedTuple):
-    """What a run works with. Sites are made when asked for: an idle client costs nothing."""
+class Facts(NamedTuple):
+    """All that a model has to know about the data. A run folder keeps it, so that the model can be used without the data."""
 
-    experiment: Experiment
+    kind: str  # text | image | language | instruction
+    labels: list[str]  # class names; [] for language and instruction
+    pairs: bool  # a text is two texts
+    clients: list[ClientId]  # sorted: ranks, lengths and devices are dealt in this order
+
+
+@dataclass(frozen=True)
+class Model:
+    """What can be had without data: the model, how it is trained, and the clients with empty hands."""
+
+    experiment: Experiment  # as given, but for a max_length that the model has room for
+    facts: Facts
     backbone: Backbone
     technique: Technique
     algorithm: Algorithm
     metric: Metric
+    job: Job
+    site: Callable[[ClientId, int], Site]  # with the client's initial tree and device, and no data
+
+
+@dataclass(frozen=True)
+class World(Model):
+    """What a run works with. Sites are made when asked for: an idle client costs nothing."""
+
     clients: dict[ClientId, Split]
     counts: np.ndarray  # (clients, classes) training rows, for the picture; (clients, 1) without classes
-    labels: list[str]
     store: Store
     test: Store
-    device: str
     sites: Callable[[ClientId, int], Site]
     valid_sites: Callable[[ClientId, int], Site]
     flops: Callable[[int, int], float]
-    columns: list[str]
 
     def without_training(self) -> dict[str, float]:
         """What needs no training: always the commonest training class."""
-        if not self.labels:
+        if not self.facts.labels:
             return {}
         common = int(self.counts.sum(0).argmax())
         label = self.test.fixed["labels"]
         outputs = {"nll": torch.zeros(len(label)), "predicted": torch.full_like(label, common), "label": label}
         return {"majority": self.metric.value(self.metric.tally(outputs))}
+
+
+def equip(experiment: Experiment, facts: Facts) -> Model:
+    """Load the model that the experiment names, for data of which no more is known than these facts.
+
+    Raises:
+        ConfigError, DataError: one line: what, where, nearest valid choice.
+    """
+    seed = experiment.seed
+    device = pick_device(experiment.engine.device)
+    dtype = torch.bfloat16 if experiment.engine.precision == "bf16" else torch.float32
+    backbone = load_backbone(experiment.model, facts.kind, facts.labels, seed, device, dtype)
+    _fits_memory(experiment, backbone)
+    kind = experiment.technique.kind
+    options = checked(choose(TECHNIQUES, "technique", kind), "technique", experiment.technique.options, "backbone")
+    try:
+        technique: Technique = TECHNIQUES[kind](backbone, **options)
+    except (RuntimeError, MemoryError) as error:  # torch's word for memory that there is not
+        raise ConfigError(f"technique.kind '{kind}' with {options} does not fit: {first_line(error)}") from error
+    sizes = experiment.clients.ranks or experiment.clients.lengths
+    fitting = {"ranks": ("lora", "peft"), "lengths": ("prefix", "prompt")}["ranks" if experiment.clients.ranks else "lengths"]
+    if sizes and kind not in fitting:
+        raise ConfigError(f"clients.ranks goes with technique lora, clients.lengths with prefix and prompt (here it is {kind})")
+    trees = {size: technique.resized(size) for size in sorted(set(sizes))}
+    if sizes:
+        technique = technique._replace(init=trees[max(sizes)])  # the server holds the largest
+    found = metric(experiment.data.metric, facts.kind, experiment.model.labels or len(facts.labels))
+    job = Job(
+        loss=language if facts.kind in ("language", "instruction") else classification,
+        judge=found.judge,
+        tally=found.tally,
+        plan=experiment.train.plan(experiment.rounds),
+        clients=len(facts.clients),
+        device=device,
+        sizes=tuple(sorted(set(sizes))),
+        exact_down=not experiment.filters.down,
+    )
+    factory = algorithm_named(experiment.algorithm.kind)
+    options = checked(factory, "algorithm", experiment.algorithm.options, "job")
+    algorithm = factory(job, **options)
+    profiles = devices(experiment, facts.clients)
+    experiment = with_room(experiment, backbone, positions_taken(technique))
+    inits = {c: trees[sizes[i % len(sizes)]] for i, c in enumerate(facts.clients)} if sizes else {}
+
+    def site(client: ClientId, round: int) -> Site:
+        return Site(client, {}, inits.get(client, technique.init), round, seed, profiles.get(client, Device()))
+
+    return Model(experiment, facts, backbone, technique, algorithm, found, job, site)
 
 
 def build(experiment: Experiment) -> World:
@@ -76,60 +144,43 @@ def build(experiment: Experiment) -> World:
     from fedtailor.data.sources import load as load_source
 
     seed = experiment.seed
-    device = pick_device(experiment.engine.device)
+    for name, value in experiment.technique.options.items():
+        if name.endswith("dropout") and value and not experiment.train.dropout:
+            raise ConfigError(
+                f"technique.{name} = {value} does nothing unless the model is trained with dropout: set train.dropout = true"
+            )
     source = load_source(experiment.data, seed)
     parts = split(source.train, experiment.clients, seed)
-    dtype = torch.bfloat16 if experiment.engine.precision == "bf16" else torch.float32
-    backbone = load_backbone(experiment.model, source.kind, source.labels, seed, device, dtype)
-    technique = choose(TECHNIQUES, "technique", experiment.technique.kind)(
-        backbone, **checked(TECHNIQUES[experiment.technique.kind], "technique", experiment.technique.options, "backbone")
-    )
-    store, test = (
-        encode(part, source.kind, backbone.processor, experiment.data.max_length) for part in (source.train, source.test)
-    )
     clients = {_safe(c): _split(c, rows, experiment, seed) for c, rows in parts.items()}
     if len(clients) != len(parts):
         raise DataError("client names differ only in characters that a file name cannot hold: rename them")
-    found = metric(experiment.data.metric, source.kind, len(source.labels))
-    job = Job(
-        loss=language if source.kind in ("language", "instruction") else classification,
-        judge=found.judge,
-        tally=found.tally,
-        plan=experiment.train.plan(),
-        clients=len(clients),
-        device=device,
+    model = equip(experiment, Facts(source.kind, source.labels, "pair" in source.train.column_names, sorted(clients)))
+    backbone, technique, job = model.backbone, model.technique, model.job
+    model.algorithm.init(technique.init)  # an algorithm that this technique does not suit says so now, not after the first round
+    store, test = (
+        encode(part, source.kind, backbone.processor, model.experiment.data.max_length) for part in (source.train, source.test)
     )
-    factory = algorithm_named(experiment.algorithm.kind)
-    algorithm = factory(job, **checked(factory, "algorithm", experiment.algorithm.options, "job"))
     labels = np.asarray(source.train["label"]) if source.labels else np.zeros(len(source.train), dtype=int)
     counts = describe({c: s.train for c, s in clients.items()}, labels)
-    algorithm.init(technique.init)  # an algorithm that this technique does not suit says so now, not after the first round
-    sites, valid_sites = _sites(experiment, technique, algorithm, clients, store, test)
+    sites, valid_sites = _sites(model, clients, store, test)
     forward = technique.bind(False)
 
     def batch_of(width: int) -> dict[str, torch.Tensor]:
         inputs = sample_inputs(backbone, width)
-        labels_of = inputs["input_ids"] if job.loss is language else torch.zeros(1, dtype=torch.long, device=device)
+        labels_of = inputs["input_ids"] if job.loss is language else torch.zeros(1, dtype=torch.long, device=job.device)
         return {**inputs, "labels": labels_of}
 
     # The personal part of an algorithm's tree costs as much as the technique's own: its count is everybody's.
-    flops = count_flops(forward, job.loss, _on(technique.init, device), batch_of, bool(store.ragged))
+    flops = count_flops(forward, job.loss, _on(technique.init, job.device), batch_of, bool(store.ragged))
     return World(
-        experiment,
-        backbone,
-        technique,
-        algorithm,
-        found,
-        clients,
-        counts,
-        source.labels,
-        store,
-        test,
-        device,
-        sites,
-        valid_sites,
-        flops,
-        list(source.train.column_names),
+        **vars(model),
+        clients=clients,
+        counts=counts,
+        store=store,
+        test=test,
+        sites=sites,
+        valid_sites=valid_sites,
+        flops=flops,
     )
 
 
@@ -156,12 +207,69 @@ def algorithm_named(kind: str) -> Callable[..., Algorithm]:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except (ImportError, SyntaxError) as error:
-        raise ConfigError(f"algorithm.kind '{kind}': '{path}' cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:  # the user's own code may fail in any way
+        raise ConfigError(f"algorithm.kind '{kind}': '{path}' cannot be imported: {first_line(error)}") from error
     if not callable(getattr(module, name, None)):
         functions = [n for n, v in vars(module).items() if inspect.isfunction(v)]
         raise ConfigError(f"algorithm.kind '{kind}': '{path}' has no function '{name}': {nearest(name, functions)}")
-    return getattr(module, name)  # type: ignore[no-any-return]
+    return own_algorithm(kind, getattr(module, name))
+
+
+def own_algorithm(kind: str, function: Callable[..., Any]) -> Callable[..., Algorithm]:
+    """A user's function whose mistakes are told in one line; its options are read from its own signature.
+
+    Raises:
+        ConfigError: its signature names a type that is not there; when called: it fails, or returns no Algorithm.
+    """
+    try:
+        inspect.signature(function, eval_str=True)
+    except Exception as error:
+        raise ConfigError(f"algorithm.kind '{kind}': {first_line(error)}") from error
+
+    @functools.wraps(function)
+    def factory(job: Job, **options: Any) -> Algorithm:
+        try:
+            algorithm = function(job, **options)
+        except FedtailorError:
+            raise
+        except Exception as error:
+            raise ConfigError(f"algorithm.kind '{kind}': {first_line(error)}") from error
+        if not isinstance(algorithm, Algorithm):
+            raise ConfigError(
+                f"algorithm.kind '{kind}' returned a {type(algorithm).__name__}: return an Algorithm (fedtailor.core)"
+            )
+        return algorithm
+
+    return factory
+
+
+def with_room(experiment: Experiment, backbone: Backbone, taken: int) -> Experiment:
+    """The experiment with a max_length that fits beside `taken` tokens of prompt: the default is lowered, another one refused.
+
+    A run folder and a comparison write out every key, so whoever sets the default himself is not told apart.
+
+    Raises:
+        ConfigError: the model has fewer positions.
+    """
+    limit, asked = positions(backbone), experiment.data.max_length
+    if limit is None or asked + taken <= limit:
+        return experiment
+    has = f"the model has {limit} positions" + (f", the prompt takes {taken}" if taken else "")
+    if limit - taken < TEXT:
+        raise ConfigError(f"technique: {has}: make the prompt {limit - TEXT} tokens long or shorter")
+    if asked != DataSection.model_fields["max_length"].default:
+        raise ConfigError(f"data.max_length = {asked}: {has}: set data.max_length to {limit - taken} or less")
+    return experiment.model_copy(update={"data": experiment.data.model_copy(update={"max_length": limit - taken})})
+
+
+def _fits_memory(experiment: Experiment, backbone: Backbone) -> None:
+    needed = sum(p.numel() * p.element_size() for p in backbone.model.parameters())
+    for device in map(device_of, experiment.clients.devices):
+        if 0 < device.memory < needed:
+            raise ConfigError(
+                f"clients.devices '{device.name}': memory_mb = {device.memory / 1e6:g}, but the model alone takes "
+                f"{needed / 1e6:.1f} MB: raise memory_mb to what the device has, or choose a smaller model"
+            )
 
 
 def checked(factory: Callable[..., Any], section: str, options: Mapping[str, Any], first: str) -> dict[str, Any]:
@@ -230,30 +338,24 @@ def devices(experiment: Experiment, clients: list[ClientId]) -> dict[ClientId, D
 
 
 def _sites(
-    experiment: Experiment, technique: Technique, algorithm: Algorithm, clients: dict[ClientId, Split], store: Store, test: Store
+    model: Model, clients: dict[ClientId, Split], store: Store, test: Store
 ) -> tuple[Callable[[ClientId, int], Site], Callable[[ClientId, int], Site]]:
-    names = sorted(clients)
-    device = devices(experiment, names)
-    sizes = experiment.clients.ranks or experiment.clients.lengths
-    if (experiment.clients.ranks and technique.kind == "prefix") or (experiment.clients.lengths and technique.kind == "lora"):
-        raise ConfigError("clients.ranks goes with technique lora, clients.lengths with prefix and prompt")
-    trees = {size: technique.resized(size) for size in sorted(set(sizes))}
-    inits = {c: trees[sizes[i % len(sizes)]] if sizes else technique.init for i, c in enumerate(names)}
-    everything = np.concatenate([clients[c].train for c in names])
-    valid = np.concatenate([clients[c].valid for c in names])
+    """The model's sites with their data, and the same for validation."""
+    experiment = model.experiment
+    everything = np.concatenate([clients[c].train for c in sorted(clients)])
+    valid = np.concatenate([clients[c].valid for c in sorted(clients)])
     valid = _sample(valid, experiment.evaluate.valid_limit, seed_of(experiment.seed, "valid"))
     whole = Subset(test, np.arange(test.rows))
     glance = Subset(test, _sample(np.arange(test.rows), experiment.evaluate.sample, seed_of(experiment.seed, "sample")))
 
     def sites(client: ClientId, round: int) -> Site:
         if client == SERVER:
-            data = {"train": Subset(store, everything), "test": whole}
-            return Site(client, data, technique.init, round, experiment.seed)
+            return model.site(client, round)._replace(data={"train": Subset(store, everything), "test": whole})
         rows = clients[client]
         data = {"train": Subset(store, rows.train), "valid": Subset(store, rows.valid), "test": Subset(store, rows.test)}
-        if algorithm.personal:
+        if model.algorithm.personal:
             data["global"] = glance
-        return Site(client, data, inits[client], round, experiment.seed, device[client])
+        return model.site(client, round)._replace(data=data)
 
     def valid_sites(client: ClientId, round: int) -> Site:
         """The same sites, their validation rows in the place of the test rows."""

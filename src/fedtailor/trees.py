@@ -93,6 +93,36 @@ def weighted_mean(trees: Sequence[Mapping[str, Any]], weights: Sequence[float]) 
     return out
 
 
+def cut(tree: Tree, like: Tree) -> Tree:
+    """The first entries of each tensor along each axis, as many as `like` has under that name; the rest as it is.
+
+    A client of a smaller rank or prefix length gets its part of the server's tree so.
+    """
+    return {
+        name: t[tuple(slice(0, size) for size in like[name].shape)].contiguous()
+        if isinstance(t, Tensor) and name in like and like[name].shape != t.shape
+        else t
+        for name, t in tree.items()
+    }
+
+
+def overlapping_mean(trees: Sequence[Mapping[str, Any]], weights: Sequence[float], like: Tree) -> Tree:
+    """`weighted_mean` of trees that hold the first entries of `like` along each axis: every entry is averaged over the trees
+    that hold it, with their weights, and is 0 where none does. Equal shapes give `weighted_mean`, bit for bit.
+    """
+    if all(tree[name].shape == t.shape for name, t in like.items() if isinstance(t, Tensor) for tree in trees):
+        return weighted_mean(trees, weights)
+    out: Tree = {}
+    for name, whole in like.items():
+        total, held = torch.zeros_like(whole), torch.zeros_like(whole)
+        for tree, weight in zip(trees, weights, strict=True):
+            part = tuple(slice(0, size) for size in tree[name].shape)
+            total[part] += weight * tree[name]
+            held[part] += weight
+        out[name] = torch.where(held > 0, total / held.clamp_min(torch.finfo(held.dtype).tiny), 0)
+    return out
+
+
 def stack(trees: Sequence[Tree]) -> Tree:
     """One tree whose tensors have a new leading client axis. Other leaves must be equal and are taken from the first."""
     return tree_map(lambda *parts: torch.stack(parts), trees[0], *trees[1:])

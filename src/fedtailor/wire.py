@@ -7,10 +7,12 @@ path. Sizes are checked against the bytes at hand before memory is taken for any
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -95,19 +97,32 @@ def write(message: Message, path: Path) -> int:
 
     Raises:
         WireError: as `encode`.
-        OSError: the file cannot be written; safetensors reports a full disk in an exception of its own.
+        OSError: the file cannot be written.
     """
     parts, metadata = _prepare(message)
 
     def save_to(temporary: Path) -> None:
-        try:
+        with saving(path):
             save_file(parts, str(temporary), metadata)
-        except SafetensorError as error:
-            raise OSError(errno.EIO, str(error), str(path)) from error
         with temporary.open("rb") as file:
             _bounded(file.read(8))
 
     return atomically(path, save_to)
+
+
+@contextlib.contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Around calls of safetensors, which tells of a full disk in an exception of its own.
+
+    Raises:
+        OSError: in the place of that exception, with the system's own number.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def read(path: Path, lazy: bool = False, max_bytes: int = MAX_BYTES) -> Message:

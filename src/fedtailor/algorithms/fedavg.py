@@ -3,6 +3,8 @@
 FedAvg: Communication-Efficient Learning of Deep Networks from Decentralized Data (McMahan et al., arXiv 1602.05629).
     client k:  w_k <- train(w, its data);  sends w_k - w and n_k
     server:    w <- w + sum_k p_k (w_k - w),  p_k = n_k / sum n, or 1/K where `weighting` is "uniform"
+Where clients differ in rank or prefix length, the server holds the largest, a client trains the first rows (or columns) of it, and
+each entry is averaged over the clients that hold it, as HeteroFL does with widths (arXiv 2010.01264).
 FedAvgM (arXiv 1909.06335), FedAdam, FedYogi, FedAdagrad (arXiv 2003.00295): the mean difference D is a pseudo-gradient for an
 optimiser at the server (optimizers.py). v starts at 0 and there is no bias correction, as in the reference implementation; tau
 is 1e-3 and not its 1e-9, which divides by nearly nothing where LoRA's B starts at zero.
@@ -13,7 +15,7 @@ from __future__ import annotations
 from fedtailor.core import Algorithm, ClientId, Fit, Flow, Job, Loss, Message, Site, State, Tree, answer_with, one_exchange
 from fedtailor.errors import ConfigError, nearest
 from fedtailor.optimizers import ServerOptimizer, adagrad, adam, momentum, yogi
-from fedtailor.trees import add, subtract, weighted_mean
+from fedtailor.trees import add, cut, overlapping_mean, subtract
 
 
 def fedavg(
@@ -27,11 +29,12 @@ def fedavg(
         return {"params": params, "optimizer": server_opt.init(params) if server_opt else {}}
 
     def train(own: Tree | None, msg: Message, site: Site) -> Flow:
-        done = yield Fit(local_loss, msg.body, site.data["train"], {"anchor": msg.body}, job.plan)
-        return own, Message("update", subtract(done.params, msg.body), done.seen)
+        start = cut(msg.body, site.init)
+        done = yield Fit(local_loss, start, site.data["train"], {"anchor": start}, job.plan)
+        return own, Message("update", subtract(done.params, start), done.seen)
 
     def merge(state: State, replies: dict[ClientId, Message]) -> State:
-        delta = weighted_mean([r.body for r in replies.values()], [weigh(r) for r in replies.values()])
+        delta = overlapping_mean([r.body for r in replies.values()], [weigh(r) for r in replies.values()], state["params"])
         if server_opt is None:
             return {**state, "params": add(state["params"], delta)}
         params, optimizer = server_opt.step(state["params"], delta, state["optimizer"])
@@ -69,6 +72,19 @@ def fedyogi(
 def fedadagrad(job: Job, *, weighting: str = "examples", lr: float = 0.05, tau: float = 1e-3) -> Algorithm:
     """FedAvg with Adagrad at the server: steps only get smaller."""
     return fedavg(job, weighting=weighting, server_opt=adagrad(lr, tau))
+
+
+def one_size(job: Job, name: str) -> None:
+    """For algorithms that need equal shapes.
+
+    Raises:
+        ConfigError: clients differ in rank or prefix length.
+    """
+    if len(set(job.sizes)) > 1:
+        raise ConfigError(
+            f"algorithm {name} needs the same rank or length at every client: leave clients.ranks and clients.lengths out, "
+            "or choose fedavg, fedprox, a server optimiser, hetlora, flora or local"
+        )
 
 
 def weights_by(weighting: str):  # type: ignore[no-untyped-def]

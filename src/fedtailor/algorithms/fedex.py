@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import torch
 
-from fedtailor.algorithms.fedavg import weights_by
-from fedtailor.algorithms.merging import catch_up, merge_into_base, merged, merged_loss
+from fedtailor.algorithms.fedavg import one_size, weights_by
+from fedtailor.algorithms.merging import catch_up, merge_into_base, merged, merged_loss, unrounded
 from fedtailor.core import Algorithm, ClientId, Fit, Flow, Job, Message, Site, State, Talk, Tree, answer_with
 from fedtailor.errors import ConfigError
 from fedtailor.trees import add, aggregation_error, lora_pairs, subtract, weighted_mean
@@ -23,6 +23,8 @@ from fedtailor.trees import add, aggregation_error, lora_pairs, subtract, weight
 def fedex(job: Job, *, weighting: str = "uniform") -> Algorithm:
     """FedEx-LoRA: FedIT's mean of factors, and the error of doing so added to the base: exact, without new ranks."""
     weigh = weights_by(weighting)
+    one_size(job, "fedex")
+    unrounded(job, "fedex")
 
     def init(params: Tree) -> State:
         if not lora_pairs(params):
@@ -51,8 +53,15 @@ def fedex(job: Job, *, weighting: str = "uniform") -> Algorithm:
             left = torch.cat([(w / total) * (t[b] - params[b]) for w, t in zip(weights, trees, strict=True)], dim=1)
             right = torch.cat([t[a] - params[a] for t in trees])
             residual[module] = compact(left, right, (len(trees) - 1) * old[a].shape[0])
-        new = {**state, "params": params, "known": known, "aggregation_error": aggregation_error(trees, weights, params)}
-        return merge_into_base(new, residual) if len(trees) > 1 else {**new, "aggregation_error": 0.0}
+        new = {**state, "params": params, "known": known}
+        if len(trees) == 1:
+            return {**new, "aggregation_error": 0.0}
+        # What is left is rounding: factors and residual side by side are one product.
+        whole: Tree = {}
+        for module, (a, b) in lora_pairs(params).items():
+            whole[a] = torch.cat([params[a], residual[module]["A"]])
+            whole[b] = torch.cat([params[b], residual[module]["B"]], dim=1)
+        return merge_into_base({**new, "aggregation_error": aggregation_error(trees, weights, whole)}, residual)
 
     def broadcast(state: State) -> Tree:
         return {**state["params"], **({"delta": state["delta"]} if state["delta"] else {})}

@@ -12,22 +12,23 @@ from __future__ import annotations
 import torch
 
 from fedtailor.algorithms.fedavg import weights_by
-from fedtailor.algorithms.merging import catch_up, merge_into_base, merged, merged_loss
+from fedtailor.algorithms.merging import catch_up, merge_into_base, merged, merged_loss, unrounded
 from fedtailor.core import Algorithm, ClientId, Fit, Flow, Job, Message, Site, State, Talk, Tree, answer_with
 from fedtailor.errors import ConfigError
-from fedtailor.trees import add, lora_pairs, subtract, weighted_mean
+from fedtailor.trees import add, aggregation_error, lora_pairs, subtract, weighted_mean
 
 weigh = weights_by("examples")
 
 
 def flora(job: Job) -> Algorithm:
     """FLoRA: stacked factors of any ranks, merged exactly into the base each round."""
+    unrounded(job, "flora")
 
     def init(params: Tree) -> State:
         if not lora_pairs(params):
             raise ConfigError('algorithm flora works on LoRA factors: set technique.kind = "lora" (or use fedavg)')
         head = {n: t for n, t in params.items() if ".lora_" not in n}
-        return {"fresh": params, "head": head, "delta": {}, "log": {}, "known": {}, "time": 0}
+        return {"fresh": params, "head": head, "delta": {}, "log": {}, "known": {}, "time": 0, "aggregation_error": 0.0}
 
     def train(own: Tree | None, msg: Message, site: Site) -> Flow:
         mine = merged(own, msg)
@@ -48,13 +49,16 @@ def flora(job: Job) -> Algorithm:
         weights = [weigh(r) for r in ordered]
         shares = [w / sum(weights) for w in weights]
         stack: Tree = {}
+        product: Tree = {}
         for module, (a, b) in lora_pairs(ordered[0].body["factors"]).items():
             stack[module] = {
                 "A": torch.cat([p * r.body["factors"][a] for p, r in zip(shares, ordered, strict=True)]),
                 "B": torch.cat([r.body["factors"][b] for r in ordered], dim=1),
             }
+            product[a], product[b] = stack[module]["A"], stack[module]["B"]
+        error = aggregation_error([r.body["factors"] for r in ordered], weights, product)  # of rounding alone
         head = add(state["head"], weighted_mean([r.body["head"] for r in ordered], shares)) if state["head"] else {}
-        return merge_into_base({**state, "head": head, "known": known}, stack)
+        return merge_into_base({**state, "head": head, "known": known, "aggregation_error": error}, stack)
 
     def broadcast(state: State) -> Tree:
         # The factors of a newcomer are fresh (B = 0): what was learned stands in delta and head.

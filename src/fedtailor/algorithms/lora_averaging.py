@@ -5,12 +5,12 @@ FFA-LoRA (arXiv 2403.12313): A is frozen at one shared random start and never se
 FedSA-LoRA (arXiv 2410.01463): only A is sent and averaged; B and the head stay on the client.
 Weights p_k = n_k / sum n. The aggregation error of a round is the relative Frobenius norm of what averaging factors loses,
     || sum p_k B_k A_k - (sum p_k B_k)(sum p_k A_k) || / || sum p_k B_k A_k ||,
-reported as state["aggregation_error"] (0 for FFA; for FedSA there is no mean of products to be wrong about).
+reported as state["aggregation_error"] (0 for FFA; FedSA reports none: the server never sees a product).
 """
 
 from __future__ import annotations
 
-from fedtailor.algorithms.fedavg import weights_by
+from fedtailor.algorithms.fedavg import one_size, weights_by
 from fedtailor.core import Algorithm, ClientId, Fit, Flow, Job, Message, Site, State, Tree, answer_with, one_exchange
 from fedtailor.errors import ConfigError
 from fedtailor.trees import add, aggregation_error, lora_pairs, select, subtract, weighted_mean
@@ -30,6 +30,8 @@ def ffa(job: Job) -> Algorithm:
 
 def fedsa(job: Job) -> Algorithm:
     """FedSA-LoRA: A is shared, B and the head are personal."""
+
+    one_size(job, "fedsa")
 
     def shared(name: str) -> bool:
         return ".lora_A." in name
@@ -66,6 +68,8 @@ def fedsa(job: Job) -> Algorithm:
 
 
 def _averaging(job: Job, name: str, sent) -> Algorithm:  # type: ignore[no-untyped-def]
+    one_size(job, name)
+
     def init(params: Tree) -> State:
         _needs_lora(params, name)
         return {"params": {n: t for n, t in params.items() if sent(n)}, "aggregation_error": 0.0}

@@ -12,8 +12,19 @@ from typing import Any
 
 from torch import Tensor
 
-from fedtailor.core import Batch, ClientId, Forward, Loss, Message, State, Tree
+from fedtailor.core import Batch, ClientId, Forward, Job, Loss, Message, State, Tree
+from fedtailor.errors import ConfigError
 from fedtailor.trees import numel
+
+
+def unrounded(job: Job, name: str) -> None:
+    """What is merged must be the same bits on both sides, and stays for good.
+
+    Raises:
+        ConfigError: a filter would round what the server sends.
+    """
+    if not job.exact_down:
+        raise ConfigError(f"algorithm {name} merges what it is sent into the base: leave filters.down out (filters.up may stay)")
 
 
 def catch_up(state: State, client: ClientId) -> Tree:

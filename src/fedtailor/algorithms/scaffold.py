@@ -8,6 +8,7 @@ taken, over all local epochs. The rule divides by the step size: plain SGD with 
 
 from __future__ import annotations
 
+from fedtailor.algorithms.fedavg import one_size
 from fedtailor.core import Algorithm, ClientId, Fit, Flow, Job, Message, Site, State, Tree, answer_with, one_exchange
 from fedtailor.errors import ConfigError
 from fedtailor.losses import shifted
@@ -16,6 +17,7 @@ from fedtailor.trees import add, scale, subtract, weighted_mean, zeros_like
 
 def scaffold(job: Job, *, server_lr: float = 1.0) -> Algorithm:
     """Control variates that cancel the drift of clients on different data. Needs train.optimizer = "sgd"."""
+    one_size(job, "scaffold")
     plan, loss = job.plan, shifted(job.loss)
     if plan.optimizer != "sgd" or plan.momentum or plan.schedule != "constant" or plan.clip or plan.weight_decay:
         raise ConfigError(
@@ -31,7 +33,8 @@ def scaffold(job: Job, *, server_lr: float = 1.0) -> Algorithm:
         mine = own["control"] if own else zeros_like(control)
         done = yield Fit(loss, params, site.data["train"], {"shift": subtract(control, mine)}, plan)
         delta = subtract(done.params, params)
-        change = subtract(scale(delta, -1 / (max(done.seen["steps"], 1) * plan.lr)), control)
+        # The rate really used: it may decay from round to round. Without a step there is no difference either.
+        change = subtract(scale(delta, -1 / (done.seen["steps"] * done.seen["lr"] or 1.0)), control)
         return {"control": add(mine, change)}, Message("update", {"params": delta, "control": change}, done.seen)
 
     def merge(state: State, replies: dict[ClientId, Message]) -> State:

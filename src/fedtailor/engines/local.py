@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fedtailor import wire
-from fedtailor.core import SERVER, Algorithm, Ask, ClientId, Fitted, Letters, Message, Site, Talk, Tree, seed_of, stream
+from fedtailor.core import SERVER, Algorithm, Ask, ClientId, Fit, Fitted, Letters, Message, Site, Talk, Tree, seed_of, stream
 from fedtailor.engines.answering import Answers, Workers, answer, drive
 from fedtailor.engines.clock import is_lost, seconds
 from fedtailor.engines.states import States
@@ -187,6 +187,7 @@ class Local:
             )
 
     def _answered(self, asks: dict[ClientId, Ask], random: Callable[[ClientId], torch.Generator], round: int) -> Answers:
+        asks = {c: a._replace(plan=a.plan.at(round)) if isinstance(a, Fit) else a for c, a in asks.items()}
         pace = seed_of(self.seed, "pace", round, self._steps)
         if self.stacked:
             try:
@@ -205,6 +206,9 @@ class Local:
         """Filter, encode and charge a reply; `work` is (operations, example passes)."""
         flops, examples = work
         self.progress(client)
+        if not (is_finite(reply.body) and is_finite(own or {})):
+            self.notice(f"round {site.round}: {client} set aside: it is not finite (lower train.lr or set train.clip)")
+            return
         if client == SERVER:
             # Work beside the server crosses no wire, but it is work: pooled training's passes are counted like a client's.
             self.ledger.add(client, flops=flops, examples=examples)
@@ -212,9 +216,6 @@ class Local:
                 self.ledger.note(client, loss=reply.info["loss"])
             self._keep(client, own, {})
             yield Reply(self.clock, client, reply)
-            return
-        if not is_finite(reply.body):
-            self.notice(f"round {site.round}: {client} set aside: its reply is not finite (lower train.lr or set train.clip)")
             return
         filtered, memory = self.up.apply(reply, stored.get("filter", {}))
         self._keep(client, own, memory)

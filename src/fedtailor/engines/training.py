@@ -55,7 +55,7 @@ def fit(
     leaves = _leaves(params)
     state = state or optimizers.fresh(plan, leaves)
     sums = torch.zeros(len(asks), dtype=torch.float64)
-    spent, passes = [0.0] * len(asks), [0.0] * len(asks)
+    spent, passes, ran = [0.0] * len(asks), [0.0] * len(asks), [0.0] * len(asks)
     if plan.dropout:
         # One stream for the group: with dropout, stacked training draws masks of its own.
         torch.manual_seed(int(torch.randint(2**62, (), generator=randoms[order[0]])))
@@ -68,6 +68,7 @@ def fit(
                 i = order[place]
                 seen = {"n": float(len(asks[i].data)), "steps": float(len(todo[i])), "examples": passes[i], "flops": spent[i]}
                 seen["loss"] = float(sums[i]) / max(len(todo[i]), 1)
+                seen["lr"] = ran[i] / max(len(todo[i]), 1)
                 out[i] = _finished(params, state, place if many else None, seen)
             active = staying
             if active == 0:
@@ -90,7 +91,8 @@ def fit(
         for p in leaves.values():
             p.grad = None
         sums[now] += values.double().cpu()
-        for i, r, w in zip(now, rows, own, strict=True):
+        for i, r, w, rate in zip(now, rows, own, rates, strict=True):
+            ran[i] += rate
             spent[i] += flops(len(r), w)
             passes[i] += len(r)
     return [done for done in out if done is not None]

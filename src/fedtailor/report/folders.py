@@ -108,20 +108,32 @@ def _data(run: Run) -> str:
 def _read(folder: Path, label: str) -> Run:
     toml = _text(folder / "experiment.toml")
     table = list(csv.DictReader(_text(folder / "clients.csv").splitlines()))
-    summary = _text(folder / "summary.json")
+    return Run(
+        folder=folder,
+        label=label,
+        toml=toml,
+        experiment=tomllib.loads(toml),
+        environment=_text(folder / "environment.json"),
+        rounds=_lines(_text(folder / "rounds.jsonl")),
+        clients=[row for row in table if row.get("client")],
+        summary=summary_of(folder),
+    )
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    """A run's summary; {} while it is not finished.
+
+    Raises:
+        DataError: the file is no JSON object.
+    """
+    path = folder / "summary.json"
     try:
-        return Run(
-            folder=folder,
-            label=label,
-            toml=toml,
-            experiment=tomllib.loads(toml),
-            environment=_text(folder / "environment.json"),
-            rounds=_lines(_text(folder / "rounds.jsonl")),
-            clients=[row for row in table if row.get("client")],
-            summary=json.loads(summary) if summary else {},
-        )
+        found = json.loads(_text(path) or "{}")
     except ValueError as error:
-        raise DataError(f"{folder / 'summary.json'}: not valid JSON: {error}") from error
+        raise DataError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: not a summary but a {type(found).__name__}: run it again with --resume")
+    return found
 
 
 def _text(path: Path) -> str:
@@ -135,9 +147,11 @@ def _lines(text: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for line in text.splitlines():
         try:
-            found.append(json.loads(line))
-        except ValueError:
+            one = json.loads(line)
+            one["round"]
+        except (ValueError, KeyError, TypeError):
             break  # a kill cut this line short
+        found.append(one)
     return found
 
 

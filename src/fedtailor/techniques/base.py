@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedtailor.backbone import Backbone, fork
+from fedtailor.backbone import Backbone, first_token, fork
 from fedtailor.core import Batch, Forward, Tree
 
 DELTA = "delta"
@@ -32,6 +32,7 @@ class Technique(NamedTuple):
 def binder(
     model: nn.Module,
     paths: Mapping[str, str],
+    unread: str | None = None,
     scaling: float = 1.0,
     around: Callable[[nn.Module, Tree], AbstractContextManager[None]] | None = None,
 ) -> Callable[[bool], Forward]:
@@ -39,12 +40,16 @@ def binder(
 
     Args:
         paths: name in the tree -> name of the parameter that it replaces.
+        unread: the backbone's module from which on only the first token counts, if there is one.
         around: entered with (the thread's own modules, params) for each forward: prefixes and their lengths.
     """
     deltas = {name[: -len(".lora_A.weight")] for name in paths if name.endswith(".lora_A.weight")}
 
     def bind(dropout: bool = False) -> Forward:
         own = fork(model).train(dropout)
+        if unread:
+            place = next(m for name, m in own.named_modules() if f".{name}".endswith(f".{unread}"))
+            place.register_forward_pre_hook(first_token)
         dtype = next(model.parameters()).dtype
         bases = {module: f"{module}.base_layer.weight" for module in deltas}
         tensors = dict(own.named_parameters()) if bases else {}

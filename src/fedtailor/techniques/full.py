@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fedtailor import wire
 from fedtailor.backbone import Backbone, fork, quiet
 from fedtailor.core import Tree
 from fedtailor.errors import ConfigError
@@ -26,7 +27,7 @@ def full(backbone: Backbone) -> Technique:
         raise ConfigError("clients.ranks and clients.lengths: 'full' has neither; use technique lora or prefix")
 
     init = detached(dict(model.named_parameters()))
-    return Technique("full", backbone, init, resized, binder(model, paths), save, save)
+    return Technique("full", backbone, init, resized, binder(model, paths, backbone.unread), save, save)
 
 
 @torch.no_grad()
@@ -44,7 +45,7 @@ def write_model(backbone: Backbone, tree: Tree, folder: Path) -> None:
 
 
 def write_folder(backbone: Backbone, model: torch.nn.Module, folder: Path) -> None:
-    with quiet():
+    with quiet(), wire.saving(folder):
         folder.mkdir(parents=True, exist_ok=True)
         config: Any = model.config
         config._attn_implementation = "sdpa"  # ours is not known where fedtailor is not installed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import typing
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fedtailor import attention
-from fedtailor.backbone import Backbone, keys_and_values, quiet
+from fedtailor import attention, wire
+from fedtailor.backbone import Backbone, fork, keys_and_values, quiet
 from fedtailor.core import Tree
 from fedtailor.errors import ConfigError, nearest
 from fedtailor.techniques.base import DELTA, Technique, binder, detached
@@ -121,7 +122,7 @@ def _through_attention(backbone: Backbone, modules: list[nn.Module], sizes: dict
 
     named = {f"base_model.{n}": p for n, p in backbone.model.named_parameters() if n.split(".")[0] in HEADS}
     initial = {**detached(named), PROMPT: torch.zeros(sizes["num_virtual_tokens"], layers * 2 * sizes["token_dim"])}
-    bind = binder(backbone.model, {n: n.removeprefix("base_model.") for n in named}, around=around)
+    bind = binder(backbone.model, {n: n.removeprefix("base_model.") for n in named}, backbone.unread, around=around)
 
     def save(tree: Tree, folder: Path) -> None:
         _write(backbone, tree, initial, config, 1.0, folder)
@@ -158,9 +159,13 @@ def peft(backbone: Backbone, **config: Any) -> Technique:
     kinds = [kind.value for kind in PeftType]
     if config.get("peft_type") not in kinds:
         raise ConfigError(f"technique.peft_type '{config.get('peft_type')}': {nearest(str(config.get('peft_type')), kinds)}")
+    _check(config)
     config = {"task_type": TASKS.get(backbone.kind), **config}
     heads = [n for n, _ in backbone.model.named_children() if n in HEADS]
     learns_prompt = config["peft_type"] in ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
+    largest = max(min(p.flatten(1).shape) for p in backbone.model.parameters() if p.dim() > 1)
+    if config["peft_type"] == "LORA" and config.get("r", 0) > largest:
+        raise ConfigError(f"technique: rank {config['r']} is more than any matrix of this model has: set it to {largest} or less")
     if learns_prompt and backbone.kind == "image":
         raise ConfigError(f"technique '{config['peft_type']}' is for text models: use technique 'prefix' for images")
     if config["peft_type"] == "PREFIX_TUNING" and not _takes_cache(backbone.model):
@@ -169,13 +174,16 @@ def peft(backbone: Backbone, **config: Any) -> Technique:
         config.setdefault("modules_to_save", heads)
     try:
         with quiet(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # PEFT then sets it right for GPT-2's Conv1D
+            # What does not fit is told in one line; of the rest nobody can act on (fan_in_fan_out, which PEFT sets right itself).
+            warnings.simplefilter("ignore", UserWarning)
             torch.manual_seed(0)
             # A copy of the modules, not of the tensors: PEFT changes the model that it is given.
-            base = _shallow(backbone.model)
+            base = fork(backbone.model)
             model = get_peft_model(base, get_peft_config(dict(config))).eval()
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ConfigError(f"technique '{config['peft_type']}' does not fit this model: {str(error).splitlines()[0]}") from error
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, MemoryError) as error:
+        raise ConfigError(
+            f"technique '{config['peft_type']}' does not fit this model: {(str(error) or 'no memory').splitlines()[0]}"
+        ) from error
     peft_config = model.peft_config["default"]
     saved = get_peft_model_state_dict(model)
     paths = _paths(model, saved)
@@ -222,8 +230,30 @@ def peft(backbone: Backbone, **config: Any) -> Technique:
         return other.init
 
     around_or_none = around if PROMPT in paths else None
-    bind = binder(model, paths, scaling, around_or_none)
+    bind = binder(model, paths, backbone.unread, scaling, around_or_none)
     return Technique(config["peft_type"].lower(), backbone, initial, resized, bind, save, merge, scaling)
+
+
+def _check(config: dict[str, Any]) -> None:
+    """PEFT would say what is wrong with a key or a number in words of its own, without naming it."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    known = typing.get_type_hints(PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]])
+    for name, value in config.items():
+        if name not in known:
+            raise ConfigError(f"unknown key 'technique.{name}' for peft_type '{config['peft_type']}': {nearest(name, known)}")
+        if known[name] in (int, float) and not isinstance(value, int | float):
+            raise ConfigError(f"'technique.{name}' should be a number (got {value!r})")
+
+
+def positions_taken(technique: Technique) -> int:
+    """How many of the model's positions the prompt or prefix takes from the texts.
+
+    A prompt is a part of the text, and a cache counts as text already read; what our own attention carries takes none.
+    """
+    if technique.kind == "prefix" and not _takes_cache(technique.backbone.model):
+        return 0
+    return technique.init[PROMPT].shape[0] if PROMPT in technique.init else 0
 
 
 def _fixed(size: int) -> Tree:
@@ -264,7 +294,9 @@ def _write(backbone: Backbone, tree: Tree, initial: Tree, config: Any, scaling: 
     own.base_model_name_or_path = backbone.source
     own.inference_mode = True
     own.save_pretrained(str(folder))
-    save_file({name: t.contiguous() for name, t in out.items()}, str(folder / "adapter_model.safetensors"), {"format": "pt"})
+    path = folder / "adapter_model.safetensors"
+    with wire.saving(path):
+        save_file({name: t.contiguous() for name, t in out.items()}, str(path), {"format": "pt"})
     backbone.processor.save_pretrained(str(folder))
     (folder / "labels.json").write_text(json.dumps(backbone.labels, indent=1), encoding="utf-8")
 
@@ -274,12 +306,6 @@ def _takes_cache(model: nn.Module) -> bool:
 
     inner = getattr(model, getattr(model, "base_model_prefix", ""), model)
     return any("past_key_values" in inspect.signature(m.forward).parameters for m in (model, inner))
-
-
-def _shallow(model: nn.Module) -> nn.Module:
-    from fedtailor.backbone import fork
-
-    return fork(model)
 
 
 def _paths(model: nn.Module, saved: dict[str, Tensor]) -> dict[str, str]:

@@ -1,0 +1,91 @@
+"""Choosing on validation data: what was tried, what was kept, and that the test set had no say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtailor.compare import cases, compare
+from fedtailor.config import Experiment, parse
+from fedtailor.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def experiment(folders: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Experiment]:
+    data = tmp_path_factory.mktemp("data") / "d.csv"
+    rows = [f"w{k % 7} the {word} fox,{word}" for k, word in enumerate(["good", "bad", "fine"] * 30)]
+    data.write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+
+    def made(compare: dict[str, Any], **more: Any) -> Experiment:
+        return parse(
+            {
+                "name": "c",
+                "rounds": 2,
+                "model": {"name": str(folders("bert"))},
+                "data": {"name": str(data)},
+                "clients": {"count": 2, "valid": 0.2},
+                "technique": {"kind": "lora", "rank": 2},
+                "train": {"batch": 8},
+                "compare": compare,
+                **more,
+            }
+        )
+
+    return made
+
+
+def test_each_case_and_baseline_chooses_by_its_own_validation(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
+    asked = experiment({"seeds": [0, 1], "baselines": ["pooled"], "choose": {"train.lr": [1e-9, 3e-2]}})
+    rows = compare(asked, tmp_path)
+    assert [row["name"] for row in rows] == ["fedavg", "pooled"]
+    for row in rows:
+        assert row["chosen"] == {"train.lr": 3e-2}
+        assert [t["train.lr"] for t in row["tried"]] == [1e-9, 3e-2]
+        for tried in row["tried"]:
+            lines = (tmp_path / row["name"] / f"train.lr={tried['train.lr']}" / "seed-0" / "rounds.jsonl").read_text("utf-8")
+            assert json.loads(lines.splitlines()[-1])["valid"] == tried["valid"]
+        assert [Path(run).parts[-2:] for run in row["runs"]] == [("train.lr=0.03", f"seed-{seed}") for seed in (0, 1)]
+        # The rate that was not chosen ran with the first seed alone.
+        assert not (tmp_path / row["name"] / "train.lr=1e-09" / "seed-1").exists()
+    assert "(train.lr=0.03 chosen)" in (tmp_path / "compare.md").read_text(encoding="utf-8")
+
+
+def test_without_seeds_the_experiments_own_is_used(experiment: Callable[..., Experiment]) -> None:
+    assert [case.seed for case in cases(experiment({}, seed=7))] == [7]
+    assert [case.seed for case in cases(experiment({"seeds": [1, 2]}, seed=7))] == [1, 2]
+
+
+def test_a_set_may_choose_among_its_own_values(experiment: Callable[..., Experiment]) -> None:
+    sets = [{"technique.rank": 1, "choose": {"train.lr": [1e-3]}}, {"technique.rank": 2}]
+    found = list(cases(experiment({"sets": sets, "choose": {"train.lr": [1e-2, 1e-1]}})))
+    assert [case.choices for case in found] == [[{"train.lr": 1e-3}], [{"train.lr": 1e-2}, {"train.lr": 1e-1}]]
+    assert [case.name for case in found] == ["technique.rank=1", "technique.rank=2"]
+
+
+def test_a_baseline_does_not_choose_what_it_does_not_have(experiment: Callable[..., Experiment]) -> None:
+    asked = experiment({"baselines": ["pooled"], "choose": {"algorithm.weighted": [True, False], "train.lr": [1e-3]}})
+    found = {case.name: case.choices for case in cases(asked)}
+    assert len(found["fedavg"]) == 2
+    assert found["pooled"] == [{"train.lr": 1e-3}]
+
+
+@pytest.mark.parametrize(
+    ("section", "more", "line"),
+    [
+        ({"vary": {"seed": [0, 1]}}, {}, "compare.seeds"),
+        ({"choose": {"train.lr": []}}, {}, "compare.choose: 'train.lr' has no values"),
+        ({"choose": {"train.rate": [1, 2]}}, {}, "unknown key 'train.rate'"),
+        ({"sets": [{"choose": ["train.lr"]}]}, {}, "write choose as"),
+        ({"choose": {"train.lr": [1e-3, 1e-2]}}, {"evaluate": {"every": 0}}, "needs validation data"),
+        ({"choose": {"train.lr": [1e-3, 1e-2]}}, {"clients": {"count": 2, "valid": 0}}, "needs validation data"),
+    ],
+)
+def test_what_cannot_be_chosen_is_said_before_the_first_run(
+    section: dict[str, Any], more: dict[str, Any], line: str, experiment: Callable[..., Experiment]
+) -> None:
+    with pytest.raises(ConfigError, match=line):
+        list(cases(experiment(section, **more)))

@@ -1,0 +1,78 @@
+"""Metrics are sums over clients: their value is scikit-learn's on all rows together."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import accuracy_score, f1_score, log_loss, matthews_corrcoef
+
+from fedtailor.core import Tree, stream
+from fedtailor.data.examples import IGNORED
+from fedtailor.metrics import judge_tokens, mean_loss, metric, scores, total
+
+REFERENCE = {
+    "accuracy": accuracy_score,
+    "f1": f1_score,
+    "macro_f1": lambda true, predicted: f1_score(true, predicted, average="macro"),
+    "matthews": matthews_corrcoef,
+}
+CUTS = (0, 1, 40, 97, 150)  # one client has a single row
+
+
+def rows(classes: int, seed: int, n: int = 150) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits that know the label a little, and skewed labels."""
+    labels = (torch.rand(n, generator=stream(seed)) ** 2 * classes).long()
+    return torch.randn(n, classes, generator=stream(seed, "logits")) + F.one_hot(labels, classes), labels
+
+
+def answered(params: Tree, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return batch["logits"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("name", "classes"), [("accuracy", 4), ("f1", 2), ("macro_f1", 5), ("matthews", 2), ("matthews", 5)])
+def test_the_sum_over_clients_is_the_reference_on_everybody(name: str, classes: int, seed: int) -> None:
+    logits, labels = rows(classes, seed)
+    measure = metric(name, "text", classes)
+    parts = [{"logits": logits[a:b], "labels": labels[a:b]} for a, b in zip(CUTS, CUTS[1:], strict=False)]
+    sums = total(measure.tally(measure.judge(answered, {}, part)) for part in parts)
+    assert measure.value(sums) == pytest.approx(REFERENCE[name](labels, logits.argmax(1)), abs=1e-12)
+    assert mean_loss(sums) == pytest.approx(log_loss(labels, logits.double().softmax(1), labels=range(classes)), rel=1e-5)
+    assert measure.better(0.9, 0.1)
+
+
+def test_a_class_that_never_occurs_is_left_out_of_the_mean() -> None:
+    logits, labels = rows(3, 1)
+    wide = torch.cat([logits, torch.full((len(logits), 1), -99.0)], 1)
+    measure = metric("macro_f1", "text", 4)
+    found = measure.value(measure.tally(measure.judge(answered, {}, {"logits": wide, "labels": labels})))
+    assert found == pytest.approx(f1_score(labels, logits.argmax(1), average="macro"), abs=1e-12)
+
+
+def test_matthews_without_any_variety_is_zero() -> None:
+    measure = metric("matthews", "text", 2)
+    batch = {"logits": torch.tensor([[1.0, 0.0]] * 4), "labels": torch.zeros(4, dtype=torch.long)}
+    assert measure.value(measure.tally(measure.judge(answered, {}, batch))) == 0.0
+
+
+def test_perplexity_counts_the_tokens_that_have_a_label() -> None:
+    logits = torch.randn(5, 9, 11, generator=stream(0, "logits"))
+    labels = torch.randint(11, (5, 7), generator=stream(0, "labels"))  # two positions of a soft prompt stand before them
+    labels[2, 3:] = IGNORED
+    measure = metric("auto", "language", 0)
+    parts = [{"logits": logits[k : k + 1], "labels": labels[k : k + 1]} for k in range(5)]
+    sums = total(measure.tally(judge_tokens(answered, {}, part)) for part in parts)
+    flat, wanted = logits[:, 2:-1].reshape(-1, 11), labels[:, 1:].reshape(-1)
+    nll = F.cross_entropy(flat.double(), wanted, ignore_index=IGNORED)
+    assert measure.value(sums) == pytest.approx(math.exp(nll), rel=1e-5)
+    assert int(sums["tokens"]) == int((wanted != IGNORED).sum())
+    assert int(sums["correct"]) == int((flat.argmax(1) == wanted)[wanted != IGNORED].sum())
+    assert measure.better(1.0, 2.0)
+
+
+def test_scores_are_probabilities() -> None:
+    logits, _ = rows(3, 0)
+    torch.testing.assert_close(scores(answered, {}, {"logits": logits})["scores"].sum(1), torch.ones(150))
