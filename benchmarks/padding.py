@@ -19,8 +19,9 @@ from fedtailor.config import load
 from fedtailor.core import Fit, Plan, stream
 from fedtailor.data.examples import Store, Subset, store
 from fedtailor.engines.answering import answer
+from fedtailor.evaluation import workers
 from fedtailor.losses import classification
-from fedtailor.run import draw, workers
+from fedtailor.run import draw
 from fedtailor.simulation import build
 
 

@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 import pytest
 from safetensors import SafetensorError
 
-from conftest import COMMAND, LABELS, Printed, csv_of, in_process, lines, read, sets, until_checkpoint, write_experiment
+from commands import COMMAND, Printed, csv_of, in_process, lines, read, sets, until_checkpoint, write_experiment
 from fedtailor import run as run_module
 from fedtailor import wire
 from fedtailor.engines import local
+from tiny import LABELS
 
 Typed = Callable[..., Printed]
 ROWS = [(f"{LABELS[k % 3]} w{k % 29} fox", LABELS[k % 3], f"u{k % 3}") for k in range(30)]

@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import LABELS, Printed, csv_of, in_process, lines, read, sets, write_experiment
+from commands import Printed, csv_of, in_process, lines, read, sets, write_experiment
 from fedtailor import __version__, wire
 from fedtailor.algorithms import ALGORITHMS
 from fedtailor.config import load
 from fedtailor.core import Message
+from fedtailor.folder import plain
 from fedtailor.ledger import COLUMNS
-from fedtailor.run import plain
 from fedtailor.techniques import TECHNIQUES
+from tiny import LABELS
 
 # Owner u0 has 20 rows, u1 16, u2 12; the test file has rows of its own.
 OWNERS = [*["u0"] * 20, *["u1"] * 16, *["u2"] * 12]

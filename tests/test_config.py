@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from fedtailor.config import Experiment, OpenSection, Section, load, override, parse
 from fedtailor.core import Plan
 from fedtailor.errors import ConfigError
-from fedtailor.run import plain
+from fedtailor.folder import plain
 
 # One value a key, none of them the default: a key that is missing here fails a test below.
 FULL: dict[str, Any] = {

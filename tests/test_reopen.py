@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from fedtailor import cli, run, simulation
 from fedtailor.config import override, parse
-from fedtailor.run import plain
+from fedtailor.folder import plain
 
 WORDS = ("good", "bad", "fine")
 EXPERIMENT: dict[str, Any] = {

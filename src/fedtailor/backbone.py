@@ -195,7 +195,7 @@ def where_others_go_unread(backbone: Backbone) -> str | None:
         inputs["input_ids"] = torch.randint(len(table), (2, 6), generator=torch.Generator().manual_seed(0)).to(table.device)
         inputs["attention_mask"][1, 4:] = 0
 
-    def judged() -> tuple[Tensor, int]:
+    def judged() -> tuple[Tensor, float]:
         with FlopCounterMode(display=False) as counter:
             return model(**inputs).logits, counter.get_total_flops()
 

@@ -103,8 +103,8 @@ def compare(
 @app.command()
 def evaluate(run: RunFolder, as_json: As_json = False) -> None:
     """Judge a run's model again, on the global test set and on every client's own test split."""
+    from fedtailor.evaluation import judge_again
     from fedtailor.report.folders import summary_of
-    from fedtailor.run import judge_again
 
     summary = summary_of(run)
     scores = judge_again(run)
@@ -147,8 +147,8 @@ def export(
     as_json: As_json = False,
 ) -> None:
     """Write a run's adapter as a folder that PEFT loads, or merged as one that transformers loads."""
+    from fedtailor.folder import reopen
     from fedtailor.predict import tree_of
-    from fedtailor.run import reopen
 
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ConfigError(f"--to '{to}' exists and is not an empty folder: name another one")

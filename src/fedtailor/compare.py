@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from fedtailor import wire
 from fedtailor.config import Experiment, assign, parse
 from fedtailor.errors import ConfigError
-from fedtailor.run import EXPERIMENT, ROUNDS, SUMMARY, Watch, plain, run, stored
+from fedtailor.folder import EXPERIMENT, ROUNDS, SUMMARY, plain, stored
+from fedtailor.run import Watch, run
 
 COMPARISON = "compare.json"
 MEASURES = (

@@ -13,7 +13,7 @@ def examine() -> list[dict[str, Any]]:
     """[{name, ok, found}], each checked for real: the embedded model is loaded, a product is timed."""
     import torch
 
-    from fedtailor.run import environment
+    from fedtailor.folder import environment
 
     here = environment()
     checks = [

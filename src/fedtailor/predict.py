@@ -9,8 +9,9 @@ from fedtailor.core import Predict, Tree, stream
 from fedtailor.engines.answering import Workers, answer
 from fedtailor.engines.states import States
 from fedtailor.errors import ConfigError, DataError, nearest
+from fedtailor.evaluation import broadcast_of, workers
+from fedtailor.folder import reopen
 from fedtailor.metrics import scores
-from fedtailor.run import broadcast_of, reopen, workers
 from fedtailor.simulation import Model
 
 PAIR = "|||"

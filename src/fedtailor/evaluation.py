@@ -1,0 +1,84 @@
+"""What a state of an algorithm is worth: validation, the global test set, every client's own test split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedtailor.core import SERVER, ClientId, Letters, Tree
+from fedtailor.engines.answering import Workers
+from fedtailor.engines.local import Local
+from fedtailor.engines.training import Flops, no_flops
+from fedtailor.filters import chain
+from fedtailor.folder import checkpoint, defined
+from fedtailor.ledger import Ledger
+from fedtailor.metrics import mean_loss, total
+from fedtailor.simulation import Model, World, build
+
+
+def workers(model: Model, flops: Flops = no_flops) -> Workers:
+    """One single-threaded worker a core on a CPU, one worker on a GPU."""
+    engine, device = model.experiment.engine, model.job.device
+    cores = torch.get_num_threads()
+    count = engine.workers or (1 if device != "cpu" or model.experiment.train.dropout else max(1, min(cores, 8)))
+    group = engine.group or (64 if device != "cpu" else 0)
+    return Workers(model.technique.bind, count, device, flops, group)
+
+
+def broadcast_of(model: Model, state: Tree, client: ClientId) -> Tree:
+    """What the server would send this client for it to build its personal tree."""
+    talk = model.algorithm.answer(state, [client])
+    letters = next(talk)
+    talk.close()
+    return dict((letters.to if isinstance(letters, Letters) else letters)[client].body)
+
+
+def validate(world: World, engine: Local, state: Tree, number: int) -> dict[str, Any]:
+    """The metric and the loss on validation data: what choices and early looks may use."""
+    cohort = sorted(world.clients) if world.algorithm.personal else []
+    replies = engine.converse(world.algorithm.answer(state, cohort), number, world.valid_sites)
+    sums = total(r.body["test"] for r in replies.values() if "test" in r.body)
+    return {"valid": world.metric.value(sums), "valid_loss": mean_loss(sums)} if sums else {}
+
+
+def evaluate(world: World, engine: Local, state: Tree, number: int) -> dict[str, Any]:
+    """Metrics on the global test set and on every client's own test split."""
+    replies = engine.converse(world.algorithm.answer(state, sorted(world.clients)), number, world.sites)
+    value = world.metric.value
+    own = {c: value(r.body["test"]) for c, r in sorted(replies.items()) if c != SERVER and "test" in r.body}
+    wide = {c: value(r.body["global"]) for c, r in sorted(replies.items()) if "global" in r.body}
+    everything = [r.body["global"] for r in replies.values() if "global" in r.body]
+    whole = replies[SERVER].body["test"] if SERVER in replies else total(everything) if everything else None
+    scores = sorted(own.values(), reverse=world.metric.better(0.0, 1.0))
+    decile = scores[: max(1, round(len(scores) / 10))]
+    return {
+        "metric": world.metric.name,
+        "global_test": value(whole) if whole else None,
+        "global_test_loss": mean_loss(whole) if whole else None,
+        "clients_mean": float(np.mean(scores)) if scores else None,
+        "clients_worst_decile": float(np.mean(decile)) if decile else None,
+        "clients": own,
+        "clients_on_global": wide,
+    }
+
+
+def judge_again(out: Path) -> dict[str, Any]:
+    """`evaluate` for the last checkpoint of a finished or interrupted run.
+
+    Raises:
+        ConfigError, RunError: as `reopen`. DataError: the data cannot be read.
+    """
+    experiment, state, states = checkpoint(out)
+    world, nothing = build(experiment), chain([])
+    engine = Local(
+        world.algorithm, world.sites, workers(world), states, Ledger(), nothing, nothing, experiment.seed,
+        stacked=experiment.engine.stacked,
+    )  # fmt: skip
+    try:
+        scores: dict[str, Any] = defined(evaluate(world, engine, state, experiment.rounds))
+        return scores
+    finally:
+        engine.close()
