@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from conftest import PLAN, Outcome, World, batch_of, by_hand, distance, randomized, rows_of, same
+from federations import PLAN, Outcome, World, by_hand
 from fedtailor.algorithms import ALGORITHMS, merging
 from fedtailor.algorithms.fedex import compact
 from fedtailor.algorithms.hetlora import pad, product_norm, truncate
@@ -20,6 +20,7 @@ from fedtailor.engines.batches import batches
 from fedtailor.errors import ConfigError
 from fedtailor.losses import proximal, shifted, tail_norms
 from fedtailor.trees import add, aggregation_error, lora_pairs, nbytes, overlapping_mean, scale, select, tensors, weighted_mean
+from tiny import batch_of, distance, randomized, rows_of, same
 
 Federation = Callable[..., Outcome]
 Maker = Callable[..., World]

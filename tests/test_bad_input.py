@@ -11,6 +11,8 @@ import shlex
 import shutil
 import signal
 import subprocess
+import tempfile
+import tomllib
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -186,6 +188,9 @@ CASES: dict[str, Case] = {
         "run e.toml --set technique.kind=prompt --set clients.lengths=[4,50]", USAGE, ("64 positions", "40 tokens long or shorter")
     ),
     "texts beyond the positions": run(USAGE, "data.max_length = 500", "64 positions", "to 64 or less", data__max_length=500),
+    "texts beyond the positions, as usual but asked for": run(
+        USAGE, "data.max_length = 128", "64 positions", "to 64 or less", data__max_length=128
+    ),
     "texts beyond the positions, with a prompt": Case(
         "run e.toml --set technique.kind=prompt --set technique.length=10 --set data.max_length=60",
         USAGE,
@@ -539,6 +544,45 @@ def test_replies_that_the_temporary_folder_cannot_hold(here: Path, typed: Typed,
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("size", [0, 3000])  # no folder can be made, or no file in it
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_judging_and_telling_with_a_full_temporary_folder(
+    command: str, size: int, here: Path, typed: Typed, folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if command == "evaluate" and size:
+        pytest.skip("it makes a folder and writes nothing there")
+    assert typed(f"run e.toml --out told {sets(data__kind='language', model__name=folders('gpt2'))}").code == 0
+    with disk_again_afterwards():
+        if not size:
+            monkeypatch.setattr(tempfile, "tempdir", None)  # looked for again, as in a new process
+        full_disk(size)
+        code, out, err = typed(f"{command} told", *(["fox"] if command == "predict" else []))
+    assert code == FAILED
+    assert one_line(err).startswith("error: cannot write to")
+    assert "TMPDIR" in err
+    assert "--resume" not in err
+    assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        (GOOD.replace("fine", "fair"), "labels"),
+        (GOOD.replace("u2", "u7"), "clients"),
+        (csv_of([(row[0], *row) for row in ROWS], "sentence1,sentence2,label,user"), "pairs"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_data(content: str, name: str, here: Path, typed: Typed) -> None:
+    (here / "d.csv").write_text(content, encoding="utf-8")
+    code, out, err = typed("run e.toml --out done --resume --set rounds=2")
+    assert code == USAGE
+    assert f"'done': the data is no longer what the run began with ({name} differ): name another --out" in one_line(err)
+    assert out == ""
+    (here / "d.csv").write_text(GOOD, encoding="utf-8")
+    assert typed("run e.toml --out done --resume --set rounds=2").code == 0
+    assert [line["round"] for line in lines(here / "done")] == [1, 2]
+
+
 @pytest.mark.parametrize("algorithm", ["fedavg", "pooled", "local"])
 def test_a_run_that_diverges_from_the_start(algorithm: str, here: Path, typed: Typed) -> None:
     code, out, err = typed(
@@ -566,12 +610,32 @@ def test_a_run_that_diverges_at_its_end_is_told_in_valid_json(algorithm: str, he
 
 
 def test_the_usual_length_of_texts_is_that_of_a_small_model(here: Path, typed: Typed) -> None:
-    """128 where nothing is said, and the model has 64 positions; what is said in a run folder or a comparison is the same."""
+    """128 where nothing is said, and the model has 64 positions; a run folder says no more."""
     (here / "d.csv").write_text(csv_of([(f"{text} {'w1 ' * 150}", label, user) for text, label, user in ROWS]), encoding="utf-8")
     assert typed("run e.toml --out new --set technique.kind=prompt --set technique.length=5").code == 0
     assert typed("evaluate new").code == 0
     assert typed("predict new", "w1 " * 150).code == 0
     assert typed("run new/experiment.toml --out again").code == 0
+    path = here / "new" / "experiment.toml"
+    path.write_text(path.read_text("utf-8").replace("[data]\n", "[data]\nmax_length = 128\n"), "utf-8")  # an earlier version's
+    assert typed("evaluate new").code == 0
+    assert typed("predict new", "w1 " * 150).code == 0
+    assert typed("run e.toml --out new --resume --set technique.kind=prompt --set technique.length=5 --set rounds=2").code == 0
+
+
+@pytest.mark.parametrize("length", [128, 64, 16])
+def test_a_length_that_was_asked_for_is_kept(length: int, here: Path, typed: Typed, folders: Callable[[str], Path]) -> None:
+    """In the folder of a model that has room for it."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(folders("bert"), max_position_embeddings=128)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(here / "roomy")
+    AutoTokenizer.from_pretrained(folders("bert")).save_pretrained(here / "roomy")
+    changes = f"--set model.name=roomy --set data.max_length={length}"
+    assert typed(f"run e.toml --out new {changes}").code == 0
+    assert tomllib.loads((here / "new" / "experiment.toml").read_text("utf-8"))["data"]["max_length"] == length
+    for command in ("evaluate new", "predict new good", f"run e.toml --out new --resume {changes} --set rounds=2"):
+        assert typed(command).code == 0
 
 
 def test_a_folder_that_may_not_be_written(here: Path, typed: Typed) -> None:

@@ -14,14 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationMixin
 
 from commands import Printed, csv_of, in_process, lines, read, sets, write_experiment
 from fedtailor import __version__, wire
 from fedtailor.algorithms import ALGORITHMS
+from fedtailor.backbone import Backbone
 from fedtailor.config import load
 from fedtailor.core import Message
-from fedtailor.folder import plain
+from fedtailor.folder import written
 from fedtailor.ledger import COLUMNS
+from fedtailor.predict import _asked
 from fedtailor.techniques import TECHNIQUES
 from tiny import LABELS
 
@@ -110,7 +113,7 @@ def test_a_run_folder_is_complete(ran: Callable[..., Path], home: Path, monkeypa
     assert set(summary) >= SUMMARY
     resolved = tomllib.loads((folder / "experiment.toml").read_text(encoding="utf-8"))
     monkeypatch.chdir(home)
-    assert resolved == plain(load(home / "e.toml"))
+    assert resolved == written(load(home / "e.toml"))
     assert read(folder / "environment.json")["packages"]["torch"] == torch.__version__
     assert "<html" in (folder / "report.html").read_text(encoding="utf-8")
     assert [line["round"] for line in lines(folder)] == [1, 2] == list(range(1, summary["rounds"] + 1))
@@ -305,6 +308,43 @@ def test_continuations(home: Path, call: Call, folders: Callable[[str], Path]) -
     assert found["label"] == tokenizer.decode(ids[0, start:], skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("technique", ["lora", "prefix", "prompt", "full"])
+def test_continuations_end_where_the_positions_end(
+    technique: str, home: Path, call: Call, folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 positions, of which a prompt or prefix takes 5: a text of any length is continued, and its end counts."""
+    taken = 5 if technique in ("prefix", "prompt") else 0
+    length = {"technique__length": taken} if taken else {}
+    options = sets(technique__kind=technique, **length, model__name=folders("gpt2"), data__kind="language", rounds=1)
+    out = f"told-{technique}"
+    call(f"run e.toml --out {out} {options}")
+    generated: list[tuple[int, int]] = []
+    generate = GenerationMixin.generate
+
+    def counted(*given: Any, **asked: Any) -> Any:
+        ids = generate(*given, **asked)
+        generated.append((asked["input_ids"].shape[1], ids.shape[1]))
+        return ids
+
+    monkeypatch.setattr(GenerationMixin, "generate", counted)
+    room = 64 - taken
+    ends = "w2 fox " * 30
+    texts = ["w1 " * n for n in (3, 17, 18, 22, 23, 58, 62, 63, 64)] + ["w1 " * 500, "w3 " * 70 + ends, "w4 w5 " * 700 + ends]
+    found = json.loads(call(f"predict {out} --json", *texts).out)["predictions"]
+    assert [one["text"] for one in found] == texts
+    assert [start for start, _ in generated] == [min(len(text.split()) + 2, room - room // 2) for text in texts]
+    assert all(start < whole <= min(start + 40, room) for start, whole in generated)
+    assert found[-1]["label"] == found[-2]["label"]
+
+
+def test_a_long_instruction_loses_its_middle(backbones: Callable[[str], Backbone]) -> None:
+    backbone = backbones("gpt2")._replace(kind="instruction")
+    whole = _asked(backbone, "w1 " * 100, None)
+    cut = _asked(backbone, "w1 " * 100, 64)
+    assert (len(cut), cut[:24], cut[-8:]) == (32, whole[:24], whole[-8:])
+    assert _asked(backbone, "w1", 64) == _asked(backbone, "w1", None)
+
+
 def test_images(home: Path, call: Call, folders: Callable[[str], Path]) -> None:
     from PIL import Image
 
@@ -423,6 +463,29 @@ def test_personal_models(kind: str, home: Path, call: Call, ran: Callable[..., P
     again = json.loads(call(f"evaluate {folder} --json").out)
     assert again["global_test"] == pytest.approx(read(folder / "summary.json")["global_test"])
     assert again["per_client"] == {row["client"]: pytest.approx(float(row["metric"])) for row in rows}
+
+
+def test_client_names_that_mean_something_to_a_file_system(home: Path, call: Call) -> None:
+    names = {"a/b": "a_b", "..": ".._", "server": "server_", "c d": "c_d"}  # the server's own name among them
+    rows = [(text, label, list(names)[k % 4]) for k, (text, label, _) in enumerate(TRAIN)]
+    (home / "named.csv").write_text(csv_of(rows), encoding="utf-8")
+    words = sets(data__name="named.csv", data__test=0.25, clients__count=4, algorithm__kind="local", clients__per_round=3)
+    whole = json.loads(call(f"run e.toml --json --out whole {words} {sets(rounds=3)}").out)
+    call(f"run e.toml --out grown {words} {sets(rounds=1)}")
+    grown = json.loads(call(f"run e.toml --json --out grown --resume {words} {sets(rounds=3)}").out)
+    assert grown["state_hash"] == whole["state_hash"]
+    folder = home / "grown"
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert {path.name for path in (folder / "adapter" / "personal").iterdir()} == set(names.values())
+    assert {row["client"] for row in table(folder)} == set(names.values())
+    again = json.loads(call("evaluate grown --json").out)
+    assert again["per_client"] == {row["client"]: pytest.approx(float(row["metric"])) for row in table(folder)}
+    for k, (name, safe) in enumerate(names.items()):
+        told = [call(f"predict grown --json 'good w1' --client '{one}'").out for one in (name, safe)]
+        assert told[0] == told[1]
+        call(f"export grown --to named-{k} --client '{name}'")
+        weights = (home / f"named-{k}" / "adapter_model.safetensors").read_bytes()
+        assert weights == (folder / "adapter" / "personal" / safe / "adapter_model.safetensors").read_bytes()
 
 
 def test_devices_deadlines_and_lost_letters(home: Path, call: Call) -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from fedtailor.compare import cases, compare
 from fedtailor.config import Experiment, parse
-from fedtailor.errors import ConfigError
+from fedtailor.errors import ConfigError, RunError
+from fedtailor.run import Watch
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,51 @@ def test_each_case_and_baseline_chooses_by_its_own_validation(experiment: Callab
         # The rate that was not chosen ran with the first seed alone.
         assert not (tmp_path / row["name"] / "train.lr=1e-09" / "seed-1").exists()
     assert "(train.lr=0.03 chosen)" in (tmp_path / "compare.md").read_text(encoding="utf-8")
+
+
+def test_a_value_that_diverges_is_the_worst(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def watch(title: str, rounds: int) -> Watch:
+        return Watch(notice=lambda line: told.append(f"{title}: {line}"))
+
+    choose = {"train.lr": [1e30, 3e-2]}
+    asked = experiment({"baselines": ["pooled", "local"], "choose": choose}, train={"batch": 8, "epochs": 3})
+    for _ in range(2):  # also where it is there already
+        told.clear()
+        rows = compare(asked, tmp_path, watch)
+        assert [row["name"] for row in rows] == ["fedavg", "pooled", "local"]
+        for row in rows:
+            assert row["chosen"] == {"train.lr": 3e-2}
+            assert row["tried"][0] == {"train.lr": 1e30, "valid": None, "valid_loss": None}
+            assert row["tried"][1]["valid"] is not None
+            title = f"{row['name']}, train.lr=1e+30 (seed 0): no client was heard in 2 rounds"
+            assert [line.startswith(title) for line in told if "counted as the worst" in line].count(True) == 1
+        assert sum("counted as the worst" in line for line in told) == 3
+
+
+def test_values_that_all_diverge_are_an_error(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
+    asked = experiment({"choose": {"train.lr": [1e30, 1e29]}}, train={"batch": 8, "epochs": 3})
+    with pytest.raises(RunError, match=r"'fedavg': every value .* diverges \(train.lr=1e\+30; train.lr=1e\+29\)") as caught:
+        compare(asked, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_failure_of_a_candidate_stops_the_comparison(
+    experiment: Callable[..., Experiment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fedtailor.run.evaluate", full)
+    with pytest.raises(RunError, match="No space left"):
+        compare(experiment({"choose": {"train.lr": [1e-2, 3e-2]}}), tmp_path)
+
+
+def test_a_length_that_nobody_asked_for_gives_way(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
+    """The model has 64 positions; the other tests here leave the usual 128 open."""
+    with pytest.raises(ConfigError, match=r"data.max_length = 128: .* to 64 or less"):
+        compare(experiment({"sets": [{"data.max_length": 128}]}), tmp_path)
 
 
 def test_without_seeds_the_experiments_own_is_used(experiment: Callable[..., Experiment]) -> None:

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from conftest import PLAN, Outcome, Seen, World, by_hand, distance, same
+from federations import PLAN, Outcome, Seen, World, by_hand
 from fedtailor import wire
 from fedtailor.algorithms import ALGORITHMS
 from fedtailor.core import SERVER, Message, Plan, Tree
 from fedtailor.engines import local
 from fedtailor.techniques import TECHNIQUES
 from fedtailor.trees import leaves, tensors
+from tiny import distance, same
 
 SGD = Plan(epochs=1, batch=4, lr=1e-2, optimizer="sgd")
 
@@ -49,6 +50,7 @@ CASES: dict[str, Case] = {
     "hetlora": Case({"gamma": 0.7, "r_min": 1, "lam": 0.1}, topts={"rank": 3}, sizes={"c0": 1, "c1": 3, "c2": 3}),
     "local": Case(),
     "pooled": Case(),
+    "rag": Case({"access": "answers", "train": True, "queries": 4}, technique="retriever", topts={"rank": 2}),
     "scaffold": Case(plan=SGD),
 }
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import same
 from fedtailor.core import Message, Tree, stream
 from fedtailor.errors import ConfigError
 from fedtailor.filters import FILTERS, NOTHING, chain, quantize
 from fedtailor.trees import nbytes, tensors
 from fedtailor.wire import decode, encode
+from tiny import same
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import same
 from fedtailor import optimizers
 from fedtailor.core import Plan, Tree, stream
+from tiny import same
 
 STEPS = 5
 SHAPES = {"w": (3, 4), "b": (4,), "scale": ()}

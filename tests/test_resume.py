@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from conftest import COMMAND, LABELS, csv_of, in_process, lines, read, sets, until_checkpoint, write_experiment
+from commands import COMMAND, csv_of, in_process, lines, read, sets, until_checkpoint, write_experiment
+from tiny import LABELS
 
 KILLS = 4
 ROUNDS = 6

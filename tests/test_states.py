@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import same
 from fedtailor import wire
 from fedtailor.core import Tree, stream
 from fedtailor.engines.states import MANIFEST, States
 from fedtailor.errors import RunError
+from tiny import same
 
 
 def tree(value: float) -> Tree:

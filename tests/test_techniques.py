@@ -16,7 +16,6 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch.func import vmap
 
-from conftest import CAUSAL, FAMILIES, KINDS, LABELS, PADS, TEXT, batch_of, randomized, tokenizer
 from fedtailor import attention
 from fedtailor.backbone import Backbone, keys_and_values, load
 from fedtailor.config import ModelSection
@@ -25,6 +24,7 @@ from fedtailor.errors import ConfigError, DataError
 from fedtailor.techniques import TECHNIQUES, Technique
 from fedtailor.techniques.peft import QUERY_VALUE
 from fedtailor.trees import lora_pairs, numel
+from tiny import CAUSAL, FAMILIES, KINDS, LABELS, PADS, TEXT, batch_of, randomized, tokenizer
 
 Techniques = Callable[..., Technique]
 Backbones = Callable[[str], Backbone]
@@ -37,6 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "peft": {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "use_dora": True, "target_modules": ["dense"]},
     "prefix": {"length": 3},
     "prompt": {"length": 3},
+    "retriever": {"rank": 2},
 }
 TARGETS = {
     "bert": ["dense"],
@@ -48,7 +49,8 @@ TARGETS = {
 }
 NO_HEAD = {(family, "head") for family in CAUSAL}
 NO_PROMPT = {("vit", "prompt")}
-PAIRS = [(f, k) for f in FAMILIES for k in TECHNIQUES if (f, k) not in NO_HEAD | NO_PROMPT]
+NO_LOGITS = ("retriever",)  # it has tests of its own (test_rag.py)
+PAIRS = [(f, k) for f in FAMILIES for k in TECHNIQUES if (f, k) not in NO_HEAD | NO_PROMPT and k not in NO_LOGITS]
 NO_CACHE = {("vit", "prefix"), ("distilbert", "prefix")}  # PEFT has no forward for these: our attention carries the prefix
 AUTO = {
     "text": transformers.AutoModelForSequenceClassification,

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conftest import distance, same
 from fedtailor.core import Batch, Fit, Fitted, Flow, Forward, Message, Plan, Predict, Tree, stream
 from fedtailor.data.examples import Subset, store
 from fedtailor.engines import answering
@@ -20,6 +19,7 @@ from fedtailor.engines.answering import Workers, answer, drive, grouped
 from fedtailor.engines.batches import WINDOW, batches
 from fedtailor.engines.training import fit
 from fedtailor.losses import classification, proximal, shifted
+from tiny import distance, same
 
 WORDS, WIDTH, CLASSES, ROWS = 30, 6, 3, 120
 DICE = np.random.default_rng(0)

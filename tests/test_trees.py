@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import same
 from fedtailor import trees
 from fedtailor.core import Tree, stream
 from fedtailor.trees import aggregation_error, leaves, lora_pairs, weighted_mean
+from tiny import same
 
 
 def noise(*shape: int, seed: str = "") -> Tensor:

@@ -16,12 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load, load_file
 
-from conftest import same
 from fedtailor import wire
 from fedtailor.core import Message, Tree, stream
 from fedtailor.errors import FedtailorError
 from fedtailor.trees import leaves, tensors, weighted_mean
 from fedtailor.wire import TENSOR, WireError, check, decode, encode, read, write
+from tiny import same
 
 DTYPES = [
     torch.float64,

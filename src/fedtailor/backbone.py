@@ -46,8 +46,11 @@ def load(
     seed: int = 0,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    reads_words: bool = False,
 ) -> Backbone:
     """The frozen model for data of this kind; a head that the checkpoint lacks is drawn from the seed.
+
+    With `reads_words` classes are told in words: a causal checkpoint keeps its language head.
 
     Raises:
         DataError: no such model, a folder without configuration or weights, broken weights, an unreachable hub, a wrong
@@ -63,7 +66,9 @@ def load(
     source = locate(config.name)
     auto = {"image": AutoModelForImageClassification, "text": AutoModelForSequenceClassification}
     extra: dict[str, Any] = {}
-    if kind in auto:
+    if kind == "text" and reads_words and _is_causal(source, config):
+        auto["text"] = AutoModelForCausalLM
+    elif kind in auto:
         if config.labels and config.labels < len(labels):
             raise ConfigError(f"model.labels = {config.labels}: the data has {len(labels)} classes; leave it out")
         extra = {"num_labels": config.labels or len(labels), "ignore_mismatched_sizes": True}
@@ -80,7 +85,7 @@ def load(
             processor = _processor(source, config, kind)
         except Exception as error:  # broken files fail in many ways
             raise DataError(f"model '{config.name}' cannot be loaded for {kind} data: {first_line(error)}") from error
-    if kind in auto and labels:
+    if extra and labels:
         model.config.id2label = dict(enumerate(labels))
         model.config.label2id = {label: i for i, label in enumerate(labels)}
     if kind != "image" and processor.pad_token_id is None:
@@ -89,7 +94,17 @@ def load(
         model.config.get_text_config().pad_token_id = processor.pad_token_id
     model.requires_grad_(False).eval().to(device)
     backbone = Backbone(model, processor, kind, source, labels)
-    return backbone._replace(unread=where_others_go_unread(backbone)) if kind in auto else backbone
+    return backbone._replace(unread=where_others_go_unread(backbone)) if extra and not reads_words else backbone
+
+
+def _is_causal(source: str, config: ModelSection) -> bool:
+    """Whether the checkpoint is a language model; what cannot be read is reported when the model is loaded."""
+    from transformers import AutoConfig
+
+    with contextlib.suppress(Exception), quiet():
+        known = AutoConfig.from_pretrained(source, revision=config.revision or "main").architectures or []
+        return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in known)
+    return False
 
 
 def locate(name: str) -> str:
@@ -172,6 +187,23 @@ def sample_inputs(backbone: Backbone, length: int, rows: int = 1) -> dict[str, T
         "input_ids": row.repeat(rows, 1).to(device),
         "attention_mask": torch.ones(rows, length, dtype=torch.long, device=device),
     }
+
+
+@torch.no_grad()
+def similar_words(backbone: Backbone, word: str, count: int = 8) -> list[str]:
+    """Whole words of the vocabulary whose input embeddings point most nearly where this word's does, the nearest first.
+
+    Empty where the word is more than one token, or where there are no words (images).
+    """
+    if backbone.kind == "image":
+        return []
+    table: Tensor = backbone.model.get_input_embeddings().weight  # type: ignore[operator]
+    tokens = backbone.processor(word, add_special_tokens=False)["input_ids"]
+    if len(tokens) != 1:
+        return []
+    near = torch.nn.functional.cosine_similarity(table, table[tokens[0]][None]).topk(min(6 * count, len(table))).indices
+    found = dict.fromkeys(backbone.processor.decode([i]).strip().lower() for i in near.tolist())
+    return [w for w in found if w.isalpha() and len(w) > 1 and w != word.lower()][:count]
 
 
 @torch.no_grad()

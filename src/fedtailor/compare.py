@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from fedtailor import wire
 from fedtailor.config import Experiment, assign, parse
-from fedtailor.errors import ConfigError
-from fedtailor.folder import EXPERIMENT, ROUNDS, SUMMARY, plain, stored
+from fedtailor.errors import ConfigError, RunError
+from fedtailor.folder import EXPERIMENT, ROUNDS, SUMMARY, plain, stored, written
 from fedtailor.run import Watch, run
 
 COMPARISON = "compare.json"
@@ -50,7 +50,9 @@ class Case(NamedTuple):
         return Path(*(re.sub(r"[^\w.=\-]+", "_", part) for part in parts))
 
 
-NOT_FOR_BASELINES = ("algorithm", "filters", "clients.devices")
+EXCHANGED = ("algorithm", "filters", "clients.devices")
+TRAINED = ("technique", "train", "rounds", "clients.ranks", "clients.lengths")
+NOT_FOR = {"pooled": EXCHANGED, "local": EXCHANGED, "zero-shot": (*EXCHANGED, *TRAINED)}  # keys that mean nothing to a baseline
 
 
 def cases(experiment: Experiment) -> Iterator[Case]:
@@ -72,12 +74,12 @@ def cases(experiment: Experiment) -> Iterator[Case]:
         choices = _grid({**section.choose, **own}, "choose")
         if len(choices) > 1 and not (experiment.evaluate.every and experiment.clients.valid):
             raise ConfigError("compare.choose needs validation data: set clients.valid above 0 and evaluate.every to 1 or more")
-        for algorithm in (None, *(b for b in section.baselines if b in ("pooled", "local"))):
+        for algorithm in (None, *(b for b in section.baselines if b in NOT_FOR)):
             if algorithm:
-                changes = {k: v for k, v in changes.items() if not k.startswith(NOT_FOR_BASELINES)}
-                choices = _unlike({k: v for k, v in c.items() if not k.startswith(NOT_FOR_BASELINES)} for c in choices)
+                changes = {k: v for k, v in changes.items() if not k.startswith(NOT_FOR[algorithm])}
+                choices = _unlike({k: v for k, v in c.items() if not k.startswith(NOT_FOR[algorithm])} for c in choices)
             for seed in section.seeds or [experiment.seed]:
-                values = copy.deepcopy(plain(experiment))
+                values = written(experiment)
                 values.pop("compare")
                 values["seed"] = seed
                 for key, value in changes.items():
@@ -87,6 +89,10 @@ def cases(experiment: Experiment) -> Iterator[Case]:
                     values["filters"] = {}
                     values["clients"].pop("devices", None)
                     values["clients"].pop("deadline", None)
+                if algorithm == "zero-shot":
+                    ours = values["technique"] if values["technique"]["kind"] == "template" else {"kind": "template"}
+                    values |= {"technique": ours, "rounds": 1}
+                    values["clients"] |= {"ranks": [], "lengths": []}
                 title = ", ".join([*([algorithm] if algorithm else []), *([_titled(changes)] if changes else [])])
                 title = title or str(experiment.algorithm.kind)
                 if (title, seed) not in seen:
@@ -122,26 +128,44 @@ def compare(
     """Run what is missing, resume what was cut, keep what is done; returns a row a case and writes compare.json and compare.md.
 
     What `compare.choose` leaves open is chosen for each case by the validation data of its first seed, the baselines' too:
-    test data are not looked at, and the other seeds run with what was chosen.
+    test data are not looked at, and the other seeds run with what was chosen. A value with which every client diverges is noted
+    and counts as the worst.
+
+    Raises:
+        ConfigError, DataError, RunError: as `cases` and `run`; RunError also where a case diverges with all its values.
     """
     todo = list(cases(experiment))
     summaries: dict[str, list[dict[str, Any]]] = {}
     chosen: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
 
-    def done(case: Case, choice: dict[str, Any]) -> dict[str, Any]:
+    def done(case: Case, choice: dict[str, Any], candidate: bool = False) -> dict[str, Any] | None:
+        """Its summary; None for a candidate that diverged from the start."""
         folder, wanted = out / case.folder(choice), case.experiment(choice)
         summary = finished(folder, wanted)
         if summary is None:
             title = f"{case.name}{', ' if choice else ''}{_titled(choice)} (seed {case.seed})"
-            summary = run(wanted, folder, resume=(folder / EXPERIMENT).exists(), watch=watch(title, wanted.rounds))
+            watched = watch(title, wanted.rounds)
+            try:
+                summary = run(wanted, folder, resume=(folder / EXPERIMENT).exists(), watch=watched)
+            except RunError as error:
+                if not candidate or not _unheard(folder, wanted.rounds):
+                    raise
+                watched.notice(f"{error}: counted as the worst value")
+                return None
         return {**summary, "run": str(folder)}
 
     for case in todo:
         if case.name not in chosen:
-            tried = [{**choice, **_validation(done(case, choice))} for choice in case.choices] if len(case.choices) > 1 else []
+            candidates = case.choices if len(case.choices) > 1 else []
+            tried = [{**choice, **_validation(done(case, choice, candidate=True))} for choice in candidates]
+            if tried and not any(t["rank"] for t in tried):
+                names = "; ".join(map(_titled, candidates))
+                raise RunError(f"compare case '{case.name}': every value of compare.choose diverges ({names}): list others")
             best = max(range(len(tried)), key=lambda i: tried[i]["rank"]) if tried else 0
             chosen[case.name] = case.choices[best], [{k: v for k, v in t.items() if k != "rank"} for t in tried]
-        summaries.setdefault(case.name, []).append(done(case, chosen[case.name][0]))
+        summary = done(case, chosen[case.name][0])
+        assert summary
+        summaries.setdefault(case.name, []).append(summary)
     rows = [{**row(name, runs), "chosen": chosen[name][0], "tried": chosen[name][1]} for name, runs in summaries.items()]
     rows += [flat(name, summaries) for name in experiment.compare.baselines if name == "majority"]
     wire.atomically(out / COMPARISON, lambda path: path.write_text(json.dumps(rows, indent=1), encoding="utf-8"))
@@ -149,8 +173,17 @@ def compare(
     return rows
 
 
-def _validation(summary: dict[str, Any]) -> dict[str, Any]:
-    """The last round's validation metric, and how it ranks: by the metric, then by the loss."""
+def _unheard(folder: Path, rounds: int) -> bool:
+    """Whether all rounds are there and no client was heard in any: other failures leave rounds undone, or had a loss."""
+    path = folder / ROUNDS
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    return len(lines) == rounds and all(line["loss"] is None for line in lines)
+
+
+def _validation(summary: dict[str, Any] | None) -> dict[str, Any]:
+    """The last round's validation metric, and how it ranks: by the metric, then by the loss; [] is below everything."""
+    if summary is None:
+        return {"valid": None, "valid_loss": None, "rank": []}
     last = json.loads((Path(summary["run"]) / ROUNDS).read_text(encoding="utf-8").splitlines()[-1])
     sign = -1.0 if summary["metric"] == "perplexity" else 1.0
     told = [(s, last.get(name)) for s, name in ((sign, "valid"), (-1.0, "valid_loss"))]

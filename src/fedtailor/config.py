@@ -140,7 +140,7 @@ class TrackSection(Section):
 class CompareSection(Section):
     vary: dict[str, list[Any]] = Field({}, description='dotted keys and their values: "technique.kind" = ["prefix", "lora"]')
     seeds: list[NonNegativeInt] = Field([], description="seeds of each case; the experiment's own when absent")
-    baselines: list[Literal["pooled", "local", "majority"]] = []
+    baselines: list[Literal["pooled", "local", "zero-shot", "majority"]] = []
     sets: list[dict[str, Any]] = Field([], description="cases given one by one: tables of dotted keys")
     choose: dict[str, list[Any]] = Field({}, description="dotted keys and values to choose among, a case, on validation data")
 

@@ -49,6 +49,10 @@ class Examples(Protocol):
         """Tokens of each example (1 for images): what a batch of it costs."""
         ...
 
+    def take(self, rows: Sequence[int] | np.ndarray) -> Examples:
+        """Some of the rows, in this order."""
+        ...
+
     def batch(self, rows: Sequence[int] | np.ndarray, width: int, size: int) -> dict[str, Tensor]:
         """The rows as tensors, padded to `width` tokens and to `size` rows (padding rows carry no label)."""
         ...
@@ -106,6 +110,7 @@ class Predict(NamedTuple):
     fn: Callable[[Forward, Tree, Batch], Tree]  # (forward, params, batch) -> tensors with a leading batch axis
     params: Tree
     data: Examples
+    passes: int = 1  # forward passes that a row takes, for the ledger
 
 
 Ask: TypeAlias = Fit | Predict
@@ -150,6 +155,7 @@ class Site(NamedTuple):
     round: int = 0
     seed: int = 0
     device: Device = Device()
+    number: int = 0  # its place among all clients: what is dealt to the clients in turn is dealt by it
 
     def random(self, purpose: str) -> torch.Generator:
         """The client's own random stream for this purpose in this round."""
@@ -181,6 +187,9 @@ class Job(NamedTuple):
     device: str = "cpu"
     sizes: tuple[int, ...] = ()  # ranks or prefix lengths, where clients differ in them; the initial tree has the largest
     exact_down: bool = True  # what the server sends arrives unrounded (no lossy filter)
+    seed: int = 0  # of what is drawn at the server; a client draws from its site
+    passes: Callable[[Sequence[Tree]], int] = len  # forward passes that a row takes to be judged with each of these trees
+    similar: Callable[[str], list[str]] = lambda word: []  # words that the model takes for like this one, the nearest first
 
 
 def seed_of(seed: int, *purpose: str | int) -> int:

@@ -13,19 +13,19 @@ from fedtailor.engines.answering import Workers
 from fedtailor.engines.local import Local
 from fedtailor.engines.training import Flops, no_flops
 from fedtailor.filters import chain
-from fedtailor.folder import checkpoint, defined
+from fedtailor.folder import checkpoint, defined, writing
 from fedtailor.ledger import Ledger
 from fedtailor.metrics import mean_loss, total
 from fedtailor.simulation import Model, World, build
 
 
-def workers(model: Model, flops: Flops = no_flops) -> Workers:
+def workers(model: Model, flops: Flops = no_flops, looks: Flops = no_flops) -> Workers:
     """One single-threaded worker a core on a CPU, one worker on a GPU."""
     engine, device = model.experiment.engine, model.job.device
     cores = torch.get_num_threads()
     count = engine.workers or (1 if device != "cpu" or model.experiment.train.dropout else max(1, min(cores, 8)))
     group = engine.group or (64 if device != "cpu" else 0)
-    return Workers(model.technique.bind, count, device, flops, group)
+    return Workers(model.technique.bind, count, device, flops, group, looks)
 
 
 def broadcast_of(model: Model, state: Tree, client: ClientId) -> Tree:
@@ -53,6 +53,9 @@ def evaluate(world: World, engine: Local, state: Tree, number: int) -> dict[str,
     everything = [r.body["global"] for r in replies.values() if "global" in r.body]
     whole = replies[SERVER].body["test"] if SERVER in replies else total(everything) if everything else None
     scores = sorted(own.values(), reverse=world.metric.better(0.0, 1.0))
+    # What an algorithm measures beside the metric (retrieval) is in the information about the judged.
+    told = {name: v for name, v in replies[SERVER].info.items() if name != "n"} if SERVER in replies else {}
+    cited = {c: r.info["cited"] for c, r in sorted(replies.items()) if "cited" in r.info}
     decile = scores[: max(1, round(len(scores) / 10))]
     return {
         "metric": world.metric.name,
@@ -62,6 +65,8 @@ def evaluate(world: World, engine: Local, state: Tree, number: int) -> dict[str,
         "clients_worst_decile": float(np.mean(decile)) if decile else None,
         "clients": own,
         "clients_on_global": wide,
+        **told,
+        **({"cited": cited} if cited else {}),
     }
 
 
@@ -69,16 +74,17 @@ def judge_again(out: Path) -> dict[str, Any]:
     """`evaluate` for the last checkpoint of a finished or interrupted run.
 
     Raises:
-        ConfigError, RunError: as `reopen`. DataError: the data cannot be read.
+        ConfigError, RunError: as `reopen`; RunError also where the temporary folder is full. DataError: the data cannot be read.
     """
     experiment, state, states = checkpoint(out)
     world, nothing = build(experiment), chain([])
-    engine = Local(
-        world.algorithm, world.sites, workers(world), states, Ledger(), nothing, nothing, experiment.seed,
-        stacked=experiment.engine.stacked,
-    )  # fmt: skip
-    try:
-        scores: dict[str, Any] = defined(evaluate(world, engine, state, experiment.rounds))
-        return scores
-    finally:
-        engine.close()
+    with writing():
+        engine = Local(
+            world.algorithm, world.sites, workers(world), states, Ledger(), nothing, nothing, experiment.seed,
+            stacked=experiment.engine.stacked,
+        )  # fmt: skip
+        try:
+            scores: dict[str, Any] = defined(evaluate(world, engine, state, experiment.rounds))
+            return scores
+        finally:
+            engine.close()

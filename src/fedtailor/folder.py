@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -17,12 +18,12 @@ import torch
 
 from fedtailor import wire
 from fedtailor.backbone import EMBEDDED as MODELS
-from fedtailor.config import Experiment, load, parse
+from fedtailor.config import DataSection, Experiment, load, parse
 from fedtailor.core import Tree
 from fedtailor.data.readers import TABLES
 from fedtailor.data.sources import EMBEDDED as DATA
 from fedtailor.engines.states import MANIFEST, States
-from fedtailor.errors import ConfigError, RunError
+from fedtailor.errors import ConfigError, FedtailorError, RunError
 from fedtailor.simulation import Facts, Model, build, equip
 
 EXPERIMENT, ENVIRONMENT, FACTS = "experiment.toml", "environment.json", "facts.json"
@@ -55,7 +56,7 @@ def check_folder(experiment: Experiment, out: Path, resume: bool) -> None:
 
 
 def make_folder(experiment: Experiment, out: Path) -> None:
-    resolved, here = tomli_w.dumps(plain(experiment)), {**environment(), "folder": str(out.resolve())}
+    resolved, here = tomli_w.dumps(written(experiment)), {**environment(), "folder": str(out.resolve())}
     try:
         out.mkdir(parents=True, exist_ok=True)
         wire.atomically(out / EXPERIMENT, lambda p: p.write_text(resolved, encoding="utf-8"))
@@ -112,6 +113,14 @@ def plain(experiment: Experiment) -> dict[str, Any]:
     return values
 
 
+def written(experiment: Experiment) -> dict[str, Any]:
+    """`plain`, to be read as an experiment again: a max_length that nobody asked for is left open, so that it still gives way."""
+    values = plain(experiment)
+    if "max_length" not in experiment.data.model_fields_set:
+        del values["data"]["max_length"]
+    return values
+
+
 def stored(out: Path) -> Experiment:
     """The experiment of a run folder; what was moved or copied together with the folder is named where it is now.
 
@@ -128,6 +137,8 @@ def stored(out: Path) -> Experiment:
             moved = os.path.normpath(os.path.join(now, os.path.relpath(name, was)))
             if Path(moved.rpartition(":")[0] if section == "algorithm" else moved).exists():
                 values[section][key] = moved
+    if values["data"]["max_length"] == DataSection.model_fields["max_length"].default:
+        del values["data"]["max_length"]  # earlier versions wrote it out unasked; who asked for it has a run, so it fits
     return parse(values)
 
 
@@ -162,18 +173,28 @@ def defined(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def writing(out: Path) -> Iterator[None]:
+def writing(out: Path | None = None) -> Iterator[None]:
     """Turns the operating system's complaints (a full disk, also that of the temporary folder) into one line that says how
     to go on. What a run reads is in memory or in its checkpoint by then: all that is left to fail is writing.
 
+    Without `out` only the temporary folder is written to, and there is nothing to resume.
+
     Raises:
-        RunError: in place of an OSError.
+        RunError: in place of an OSError, or of a library's own exception that tells of one.
     """
     try:
         yield
-    except OSError as error:
-        where, why = error.filename or out, error.strerror or error
-        raise RunError(f"cannot write to '{where}': {why}; free space, then --resume") from error
+    except FedtailorError:
+        raise
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))  # what libraries in Rust say in exceptions of their own
+        if not found and not isinstance(error, OSError):
+            raise
+        why = os.strerror(int(found[1])) if found else getattr(error, "strerror", None) or error
+        file = getattr(error, "filename", None) or out
+        where = f"'{file}'" if file else "the temporary folder"
+        then = "free space, then --resume" if out else "free space there, or name another folder in TMPDIR"
+        raise RunError(f"cannot write to {where}: {why}; {then}") from error
 
 
 def keep_rounds(path: Path, done: int) -> None:

@@ -54,22 +54,26 @@ class Ledger:
 
 
 def count_flops(
-    forward: Forward, loss: Loss, params: Tree, batch_of: Callable[[int], dict[str, Tensor]], ragged: bool
+    forward: Forward, loss: Loss | None, params: Tree, batch_of: Callable[[int], dict[str, Tensor]], ragged: bool
 ) -> Callable[[int, int], float]:
-    """(rows, width) -> operations of one training step, counted on the real step, forward and backward.
+    """(rows, width) -> operations of one training step, forward and backward, or of a forward pass alone where there is no loss.
 
-    A transformer's count is a quadratic in the width (linear layers, attention, a constant for the head), so three counted
-    steps give it exactly; a test compares it with a counted step of another width. Images have one width.
+    Counted on the real step. A transformer's count is a quadratic in the width (linear layers, attention, a constant for the
+    head), so three counted steps give it exactly; a test compares it with a counted step of another width. Images have one width.
     """
 
     def counted(width: int) -> float:
         from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.utils.flop_counter import FlopCounterMode
 
-        leaves = tree_map(lambda t: t.detach().clone().requires_grad_(t.is_floating_point()), params)
+        leaves = tree_map(lambda t: t.detach().clone().requires_grad_(bool(loss) and t.is_floating_point()), params)
         # The counter knows the matrix products of the plain kernel, not the fused CPU one.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            loss(forward, leaves, batch_of(width), {}).backward()
+            if loss:
+                loss(forward, leaves, batch_of(width), {}).backward()
+            else:
+                with torch.no_grad():
+                    forward(leaves, batch_of(width))
         return float(counter.get_total_flops())
 
     if not ragged:

@@ -9,6 +9,8 @@ from torch import Tensor
 from fedtailor.core import Batch, Forward, Loss, Tree
 from fedtailor.data.examples import IGNORED
 
+TEMPERATURE = 0.05  # of cosines, in `contrastive` and in the votes of neighbours
+
 
 def masked_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean over the labels that are not IGNORED, and 0 where there is none (a padding batch must not give NaN).
@@ -33,6 +35,22 @@ def language(forward: Forward, params: Tree, batch: Batch, aux: Tree) -> Tensor:
 def next_tokens(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (batch, soft prompt + time, vocabulary) and labels (batch, time) -> both (batch, time - 1, ...), aligned."""
     return logits[:, -labels.shape[1] : -1], labels[:, 1:]
+
+
+def contrastive(forward: Forward, params: Tree, batch: Batch, aux: Tree) -> Tensor:
+    """Supervised contrastive loss (Khosla et al., arXiv 2004.11362, L_out): each row against the others of its class.
+
+    The forward gives embeddings (n, width) of length 1. Mean over the rows that have another one of their class; 0 without any.
+    """
+    embeddings, labels = forward(params, batch), batch["labels"]
+    seen = labels != IGNORED
+    others = seen[:, None] & seen[None] & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    alike = (others & (labels[:, None] == labels[None])).to(embeddings.dtype)
+    # A finite number in the place of -inf: a row without any other has no gradient, and must not give NaN.
+    near = (embeddings @ embeddings.T / TEMPERATURE).masked_fill(~others, -1e4)
+    chances = near - near.logsumexp(1, keepdim=True)
+    count = alike.sum(1)
+    return -((chances * alike).sum(1) / count.clamp_min(1)).sum() / (count > 0).sum().clamp_min(1)
 
 
 def proximal(base: Loss, mu: float) -> Loss:

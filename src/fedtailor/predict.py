@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from fedtailor.backbone import Backbone, positions
 from fedtailor.core import Predict, Tree, stream
+from fedtailor.data.encode import PROMPT, encode, shortened
 from fedtailor.engines.answering import Workers, answer
 from fedtailor.engines.states import States
 from fedtailor.errors import ConfigError, DataError, nearest
 from fedtailor.evaluation import broadcast_of, workers
-from fedtailor.folder import reopen
+from fedtailor.folder import reopen, writing
 from fedtailor.metrics import scores
-from fedtailor.simulation import Model
+from fedtailor.simulation import Model, safe
+from fedtailor.techniques.peft import positions_taken
 
 PAIR = "|||"
+NEW = 40  # tokens that a continuation has at most
 
 
 def tree_of(model: Model, state: Tree, states: States, client: str | None) -> Tree:
@@ -25,6 +32,7 @@ def tree_of(model: Model, state: Tree, states: States, client: str | None) -> Tr
     """
     if client is None:
         return model.algorithm.model(state)
+    client = safe(client)  # also as the data writes it
     if client not in model.facts.clients:
         raise ConfigError(f"no client '{client}': {nearest(client, model.facts.clients)}")
     if model.algorithm.personal is None:
@@ -44,11 +52,12 @@ def predict(run: Path, texts: list[str], client: str | None = None) -> list[dict
 
 
 def _predicted(model: Model, pool: Workers, tree: Tree, texts: list[str]) -> list[dict[str, Any]]:
-    from fedtailor.data.encode import encode
     from fedtailor.data.examples import Subset
     from fedtailor.data.sources import Rows
 
     kind = model.backbone.kind
+    if model.technique.kind == "retriever":
+        raise ConfigError("a retriever gives embeddings and no classes: `fedtailor evaluate` says what is found with it")
     if kind in ("language", "instruction"):
         return _continued(model, tree, texts)
     columns: dict[str, list[Any]] = {"label": [0] * len(texts)}
@@ -78,16 +87,18 @@ def _predicted(model: Model, pool: Workers, tree: Tree, texts: list[str]) -> lis
 
 
 def _continued(model: Model, tree: Tree, texts: list[str]) -> list[dict[str, Any]]:
-    """Greedy continuations, through PEFT's own generate."""
+    """Greedy continuations of up to NEW tokens, through PEFT's own generate; they end where the model's positions end.
+
+    Raises:
+        RunError: the temporary folder is full.
+    """
     import copy
     import tempfile
 
     from peft import PeftModel
 
-    from fedtailor.data.encode import PROMPT
-
     tokenizer = model.backbone.processor
-    with tempfile.TemporaryDirectory() as folder:
+    with writing(), tempfile.TemporaryDirectory() as folder:
         model.technique.save(tree, Path(folder))
         if model.technique.kind == "full":
             from transformers import AutoModelForCausalLM
@@ -95,12 +106,32 @@ def _continued(model: Model, tree: Tree, texts: list[str]) -> list[dict[str, Any
             speaker = AutoModelForCausalLM.from_pretrained(folder)
         else:
             speaker = PeftModel.from_pretrained(copy.deepcopy(model.backbone.model), folder)
+    speaker = speaker.eval().to(model.job.device)
+    limit = positions(model.backbone)
+    room = None if limit is None else limit - positions_taken(model.technique)
     out = []
     for text in texts:
-        # An instruction model is asked as it was trained.
-        asked = PROMPT.format(instruction=text) if model.backbone.kind == "instruction" else text
-        inputs = tokenizer(asked, return_tensors="pt").to(model.job.device)
-        ids = speaker.eval().generate(**inputs, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-        new = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        asked = torch.tensor([_asked(model.backbone, text, room)], device=model.job.device)
+        start = asked.shape[1]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Position ids are not supported")  # PEFT, of what transformers gives it
+            ids = speaker.generate(
+                input_ids=asked,
+                attention_mask=torch.ones_like(asked),
+                max_new_tokens=NEW if room is None else min(NEW, room - start),
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        new = tokenizer.decode(ids[0, start:], skip_special_tokens=True)
         out.append({"text": text, "label": new, "index": None, "scores": []})
     return out
+
+
+def _asked(backbone: Backbone, text: str, room: int | None) -> list[int]:
+    """The tokens to go on from. With room for so many in all, part of it is left to the answer: a long text loses its
+    beginning, a long instruction its middle, as in training."""
+    instruction = backbone.kind == "instruction"  # asked as it was trained
+    ids: list[int] = backbone.processor(PROMPT.format(instruction=text) if instruction else text, verbose=False)["input_ids"]
+    if room is None:
+        return ids
+    return shortened(ids, NEW, room) if instruction else ids[-(room - min(NEW, room // 2)) :]

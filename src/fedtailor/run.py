@@ -62,7 +62,7 @@ def _run(world: World, out: Path, watch: Watch) -> dict[str, Any]:
     engine = Local(
         algorithm,
         world.sites,
-        workers(world, world.flops),
+        workers(world, world.flops, world.looks),
         states,
         ledger,
         up=chain(experiment.filters.up),
@@ -100,7 +100,7 @@ def _run(world: World, out: Path, watch: Watch) -> dict[str, Any]:
             states.commit(number, state, engine.dump(), {**ledger.dump(), "elapsed": elapsed})
             log(line, number)
             watch.round(line)
-        if SERVER not in ledger.clients and not ledger.total("replies"):
+        if ledger.total("letters") and SERVER not in ledger.clients and not ledger.total("replies"):
             raise RunError(
                 f"no client was heard in {experiment.rounds} rounds: every reply was not finite or lost; "
                 "lower train.lr, set train.clip, or lower the dropout of clients.devices"
@@ -163,6 +163,7 @@ def _finish(
         "bytes_up_per_client_round": 0 if pooled else ledger.per_letter("bytes_up", "replies"),
         "bytes_down_per_client_round": 0 if pooled else ledger.per_letter("bytes_down", "letters"),
         "bytes_total": int(ledger.total("bytes_up") + ledger.total("bytes_down")),
+        **_per_query(ledger, int(state.get("queries", 0))),
         "trainable_parameters": numel(world.technique.init),
         "flops_per_example": flops / examples if examples else world.flops(1, int(np.mean(world.store.lengths))),
         "flops_total": flops,
@@ -177,6 +178,13 @@ def _finish(
         "partition": {"clients": world.facts.clients, "labels": world.facts.labels, "counts": world.counts.tolist()},
         "state_hash": states.hash(state),
     }
+
+
+def _per_query(ledger: Ledger, queries: int) -> dict[str, float]:
+    """Bytes a query, all clients together, where an algorithm counts its queries."""
+    if not queries:
+        return {}
+    return {"queries": queries, **{f"{way}_per_query": ledger.total(way) / queries for way in ("bytes_up", "bytes_down")}}
 
 
 def save_personal(world: World, states: States, state: Tree, folder: Path) -> None:

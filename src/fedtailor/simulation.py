@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from fedtailor.algorithms import ALGORITHMS
-from fedtailor.backbone import Backbone, positions, sample_inputs
+from fedtailor.backbone import Backbone, positions, sample_inputs, similar_words
 from fedtailor.backbone import load as load_backbone
-from fedtailor.config import DataSection, DeviceSection, Experiment
+from fedtailor.config import DeviceSection, Experiment
 from fedtailor.core import SERVER, Algorithm, ClientId, Device, Job, Site, seed_of, stream
 from fedtailor.data.examples import Store, Subset
 from fedtailor.errors import ConfigError, DataError, FedtailorError, first_line, nearest
@@ -26,9 +26,11 @@ from fedtailor.losses import classification, language
 from fedtailor.metrics import Metric, metric
 from fedtailor.techniques import TECHNIQUES, Technique
 from fedtailor.techniques.peft import positions_taken
+from fedtailor.trees import numel, tree_map
 
 CODE = ("loss", "server_opt")  # parameters of an algorithm that are functions: set in code, never in a file
 TEXT = 24  # positions that must be left to a text: steps of up to so many tokens are counted before a run (ledger.py)
+TEXTS = ("prompt-search", "zero-shot", "rag")  # algorithms that need train no tensor
 BASELINES = ("pooled",)  # algorithms that train where the data is pooled: nothing crosses a wire
 
 
@@ -73,7 +75,8 @@ class World(Model):
     test: Store
     sites: Callable[[ClientId, int], Site]
     valid_sites: Callable[[ClientId, int], Site]
-    flops: Callable[[int, int], float]
+    flops: Callable[[int, int], float]  # (rows, width) -> operations of a training step
+    looks: Callable[[int, int], float]  # the same of a forward pass
 
     def without_training(self) -> dict[str, float]:
         """What needs no training: always the commonest training class."""
@@ -94,9 +97,9 @@ def equip(experiment: Experiment, facts: Facts) -> Model:
     seed = experiment.seed
     device = pick_device(experiment.engine.device)
     dtype = torch.bfloat16 if experiment.engine.precision == "bf16" else torch.float32
-    backbone = load_backbone(experiment.model, facts.kind, facts.labels, seed, device, dtype)
-    _fits_memory(experiment, backbone)
     kind = experiment.technique.kind
+    backbone = load_backbone(experiment.model, facts.kind, facts.labels, seed, device, dtype, kind == "template")
+    _fits_memory(experiment, backbone)
     options = checked(choose(TECHNIQUES, "technique", kind), "technique", experiment.technique.options, "backbone")
     try:
         technique: Technique = TECHNIQUES[kind](backbone, **options)
@@ -110,8 +113,9 @@ def equip(experiment: Experiment, facts: Facts) -> Model:
     if sizes:
         technique = technique._replace(init=trees[max(sizes)])  # the server holds the largest
     found = metric(experiment.data.metric, facts.kind, experiment.model.labels or len(facts.labels))
+    found = technique.metric(found) if technique.metric else found
     job = Job(
-        loss=language if facts.kind in ("language", "instruction") else classification,
+        loss=technique.loss or (language if facts.kind in ("language", "instruction") else classification),
         judge=found.judge,
         tally=found.tally,
         plan=experiment.train.plan(experiment.rounds),
@@ -119,16 +123,23 @@ def equip(experiment: Experiment, facts: Facts) -> Model:
         device=device,
         sizes=tuple(sorted(set(sizes))),
         exact_down=not experiment.filters.down,
+        seed=seed,
+        passes=technique.passes,
+        similar=functools.partial(similar_words, backbone),
     )
     factory = algorithm_named(experiment.algorithm.kind)
     options = checked(factory, "algorithm", experiment.algorithm.options, "job")
     algorithm = factory(job, **options)
+    if not numel(technique.init) and experiment.algorithm.kind not in TEXTS:
+        raise ConfigError(f"technique '{kind}' has nothing to train: set algorithm.kind to one of {', '.join(TEXTS)}")
     profiles = devices(experiment, facts.clients)
     experiment = with_room(experiment, backbone, positions_taken(technique))
-    inits = {c: trees[sizes[i % len(sizes)]] for i, c in enumerate(facts.clients)} if sizes else {}
+    places = {c: i for i, c in enumerate(facts.clients)}
+    inits = {c: trees[sizes[i % len(sizes)]] for c, i in places.items()} if sizes else {}
 
     def site(client: ClientId, round: int) -> Site:
-        return Site(client, {}, inits.get(client, technique.init), round, seed, profiles.get(client, Device()))
+        device, number = profiles.get(client, Device()), places.get(client, 0)
+        return Site(client, {}, inits.get(client, technique.init), round, seed, device, number)
 
     return Model(experiment, facts, backbone, technique, algorithm, found, job, site)
 
@@ -151,7 +162,7 @@ def build(experiment: Experiment) -> World:
             )
     source = load_source(experiment.data, seed)
     parts = split(source.train, experiment.clients, seed)
-    clients = {_safe(c): _split(c, rows, experiment, seed) for c, rows in parts.items()}
+    clients = {safe(c): _split(c, rows, experiment, seed) for c, rows in parts.items()}
     if len(clients) != len(parts):
         raise DataError("client names differ only in characters that a file name cannot hold: rename them")
     model = equip(experiment, Facts(source.kind, source.labels, "pair" in source.train.column_names, sorted(clients)))
@@ -171,7 +182,11 @@ def build(experiment: Experiment) -> World:
         return {**inputs, "labels": labels_of}
 
     # The personal part of an algorithm's tree costs as much as the technique's own: its count is everybody's.
-    flops = count_flops(forward, job.loss, _on(technique.init, job.device), batch_of, bool(store.ragged))
+    tree, ragged = _on(technique.init, job.device), bool(store.ragged)
+    with torch.no_grad():
+        forward(tree, batch_of(8))  # what a technique keeps after its first call (embedded class texts) is not counted
+    looks = count_flops(forward, None, tree, batch_of, ragged)
+    flops = count_flops(forward, job.loss, tree, batch_of, ragged) if numel(technique.init) else looks
     return World(
         **vars(model),
         clients=clients,
@@ -181,6 +196,7 @@ def build(experiment: Experiment) -> World:
         sites=sites,
         valid_sites=valid_sites,
         flops=flops,
+        looks=looks,
     )
 
 
@@ -208,7 +224,7 @@ def algorithm_named(kind: str) -> Callable[..., Algorithm]:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # the user's own code may fail in any way
-        raise ConfigError(f"algorithm.kind '{kind}': '{path}' cannot be imported: {first_line(error)}") from error
+        raise ConfigError(f"algorithm.kind '{kind}': '{path}' cannot be imported: {_raised(error)}") from error
     if not callable(getattr(module, name, None)):
         functions = [n for n, v in vars(module).items() if inspect.isfunction(v)]
         raise ConfigError(f"algorithm.kind '{kind}': '{path}' has no function '{name}': {nearest(name, functions)}")
@@ -224,7 +240,7 @@ def own_algorithm(kind: str, function: Callable[..., Any]) -> Callable[..., Algo
     try:
         inspect.signature(function, eval_str=True)
     except Exception as error:
-        raise ConfigError(f"algorithm.kind '{kind}': {first_line(error)}") from error
+        raise ConfigError(f"algorithm.kind '{kind}': {_raised(error)}") from error
 
     @functools.wraps(function)
     def factory(job: Job, **options: Any) -> Algorithm:
@@ -233,7 +249,7 @@ def own_algorithm(kind: str, function: Callable[..., Any]) -> Callable[..., Algo
         except FedtailorError:
             raise
         except Exception as error:
-            raise ConfigError(f"algorithm.kind '{kind}': {first_line(error)}") from error
+            raise ConfigError(f"algorithm.kind '{kind}': {_raised(error)}") from error
         if not isinstance(algorithm, Algorithm):
             raise ConfigError(
                 f"algorithm.kind '{kind}' returned a {type(algorithm).__name__}: return an Algorithm (fedtailor.core)"
@@ -243,10 +259,14 @@ def own_algorithm(kind: str, function: Callable[..., Any]) -> Callable[..., Algo
     return factory
 
 
-def with_room(experiment: Experiment, backbone: Backbone, taken: int) -> Experiment:
-    """The experiment with a max_length that fits beside `taken` tokens of prompt: the default is lowered, another one refused.
+def _raised(error: BaseException) -> str:
+    """What a user's own code raised: the message alone (3, 'mu') would not say."""
+    name, line = type(error).__name__, first_line(error)
+    return line if line == name else f"{name}: {line}"
 
-    A run folder and a comparison write out every key, so whoever sets the default himself is not told apart.
+
+def with_room(experiment: Experiment, backbone: Backbone, taken: int) -> Experiment:
+    """The experiment with a max_length that fits beside `taken` tokens of prompt: where the user set none, it is lowered.
 
     Raises:
         ConfigError: the model has fewer positions.
@@ -257,7 +277,7 @@ def with_room(experiment: Experiment, backbone: Backbone, taken: int) -> Experim
     has = f"the model has {limit} positions" + (f", the prompt takes {taken}" if taken else "")
     if limit - taken < TEXT:
         raise ConfigError(f"technique: {has}: make the prompt {limit - TEXT} tokens long or shorter")
-    if asked != DataSection.model_fields["max_length"].default:
+    if "max_length" in experiment.data.model_fields_set:
         raise ConfigError(f"data.max_length = {asked}: {has}: set data.max_length to {limit - taken} or less")
     return experiment.model_copy(update={"data": experiment.data.model_copy(update={"max_length": limit - taken})})
 
@@ -361,7 +381,7 @@ def _sites(
         """The same sites, their validation rows in the place of the test rows."""
         site = sites(client, round)
         rows = valid if client == SERVER else clients[client].valid
-        return site._replace(data={"test": Subset(store, rows)})
+        return site._replace(data={"train": site.data["train"], "test": Subset(store, rows)})
 
     return sites, valid_sites
 
@@ -382,10 +402,11 @@ def _sample(rows: np.ndarray, limit: int, seed: int) -> np.ndarray:
     return np.sort(rows[order[:limit]])
 
 
-def _safe(client: ClientId) -> ClientId:
-    """A client's name as a file name and a name on the wire."""
-    return re.sub(r"[^\w.\-]", "_", client)
+def safe(client: ClientId) -> ClientId:
+    """A client's name as a file name and a name on the wire, also where the name means something else there."""
+    name = re.sub(r"[^\w.\-]", "_", client)
+    return f"{name}_" if name in (".", "..", SERVER) else name
 
 
 def _on(tree: dict[str, Any], device: str) -> dict[str, Any]:
-    return {name: value.to(device) for name, value in tree.items()}
+    return tree_map(lambda t: t.to(device), tree)

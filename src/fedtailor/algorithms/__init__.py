@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from fedtailor.algorithms.baselines import local, pooled
+from fedtailor.algorithms.baselines import local, pooled, zero_shot
 from fedtailor.algorithms.fedavg import fedadagrad, fedadam, fedavg, fedavgm, fedyogi
 from fedtailor.algorithms.fedbuff import asynchronous
 from fedtailor.algorithms.fedex import fedex
@@ -12,7 +12,10 @@ from fedtailor.algorithms.fedprox import fedprox
 from fedtailor.algorithms.flora import flora
 from fedtailor.algorithms.hetlora import hetlora
 from fedtailor.algorithms.lora_averaging import fedit, fedsa, ffa
+from fedtailor.algorithms.prompt_search import prompt_search
+from fedtailor.algorithms.rag import rag
 from fedtailor.algorithms.scaffold import scaffold
+from fedtailor.algorithms.zeroth_order import zeroth_order
 from fedtailor.core import Algorithm
 
 ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
@@ -31,7 +34,11 @@ ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
     "hetlora": hetlora,
     "local": local,
     "pooled": pooled,
+    "prompt-search": prompt_search,
+    "rag": rag,
     "scaffold": scaffold,
+    "zero-shot": zero_shot,
+    "zeroth-order": zeroth_order,
 }
 
 __all__ = ["ALGORITHMS"]

@@ -1,9 +1,11 @@
-"""The baselines that make a number mean something: `local` (nobody exchanges anything) and `pooled` (nobody keeps anything).
+"""The baselines that make a number mean something: `local` (nobody exchanges anything), `pooled` (nobody keeps anything) and
+`zero-shot` (nobody trains anything).
 
 local:   each client trains its own tree, round after round, with its own optimiser state; letters are empty.
 pooled:  one tree is trained on all clients' training rows together, in simulation only (site SERVER). A round makes as many
          example passes as the cohort would have made, so pooled and federated see the same number of examples. The optimiser's
          state is kept over the rounds: it is plain training.
+zero-shot: the technique's initial tree as it is; with the technique `template` that is what the model knows of the classes' names.
 """
 
 from __future__ import annotations
@@ -57,6 +59,23 @@ def pooled(job: Job) -> Algorithm:
         init=lambda params: {"params": params},
         round=round,
         client={"train": train, "answer": judged},
+        answer=answer,
+        model=lambda state: state["params"],
+    )
+
+
+def zero_shot(job: Job) -> Algorithm:
+    """No training and no letters: what the pretrained model can do already."""
+
+    def round(state: State, cohort: list[ClientId]) -> Talk:
+        yield from ()
+        return state
+
+    answer, judged = answer_with(job, lambda state: state["params"])
+    return Algorithm(
+        init=lambda params: {"params": params},
+        round=round,
+        client={"answer": judged},
         answer=answer,
         model=lambda state: state["params"],
     )

@@ -42,13 +42,13 @@ def encode(rows: Rows, kind: str, processor: Any, max_length: int) -> Store:
     prompts = processor([p or " " for p, _ in pairs], padding=False, verbose=False)["input_ids"]
     answers = processor([a for _, a in pairs], padding=False, verbose=False, add_special_tokens=kind == "language")["input_ids"]
     for (prompt, _), before, after in zip(pairs, prompts, answers, strict=True):
-        before = _shortened(before, len(after) + len(end), max_length) if prompt else []
+        before = shortened(before, len(after) + len(end), max_length) if prompt else []
         ids.append([*before, *after, *end][:max_length])
         labels.append([*([IGNORED] * len(before)), *after, *end][:max_length])
     return store({"input_ids": ids, "labels": labels}, pads)
 
 
-def _shortened(prompt: list[int], answer: int, max_length: int) -> list[int]:
+def shortened(prompt: list[int], answer: int, max_length: int) -> list[int]:
     """A long prompt loses its middle: up to half a row is the answer's, as a row without an answer teaches nothing."""
     room = max_length - min(answer, max_length // 2)
     if len(prompt) <= room:

@@ -35,9 +35,15 @@ class Workers:
     """
 
     def __init__(
-        self, bind: Callable[[bool], Forward], count: int, device: str = "cpu", flops: Flops = no_flops, group: int = 0
+        self,
+        bind: Callable[[bool], Forward],
+        count: int,
+        device: str = "cpu",
+        flops: Flops = no_flops,
+        group: int = 0,
+        looks: Flops = no_flops,
     ) -> None:
-        self.device, self.flops, self.group, self.count = device, flops, group, count
+        self.device, self.flops, self.group, self.count, self.looks = device, flops, group, count, looks
         self.tokens = TOKENS if device == "cpu" and not group else 0
         self._bind = bind
         self._forwards: dict[bool, queue.SimpleQueue[Forward]] = {}
@@ -137,6 +143,12 @@ def grouped(fits: Mapping[ClientId, Fit], size: int, workers: int) -> list[list[
         cuts = np.linspace(0, len(clients), count + 1).round().astype(int)
         groups += [clients[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
     return groups
+
+
+def looked(ask: Predict, looks: Flops) -> float:
+    """Operations of the forward passes over these rows, without what padding adds."""
+    widths, rows = np.unique(np.asarray(ask.data.lengths), return_counts=True)
+    return ask.passes * sum(looks(int(n), int(width)) for width, n in zip(widths, rows, strict=True))
 
 
 def _cut(ask: Predict) -> list[np.ndarray]:

@@ -10,8 +10,23 @@ from typing import Any, NamedTuple
 import torch
 
 from fedtailor import wire
-from fedtailor.core import SERVER, Algorithm, Ask, ClientId, Fit, Fitted, Letters, Message, Site, Talk, Tree, seed_of, stream
-from fedtailor.engines.answering import Answers, Workers, answer, drive
+from fedtailor.core import (
+    SERVER,
+    Algorithm,
+    Ask,
+    ClientId,
+    Fit,
+    Fitted,
+    Letters,
+    Message,
+    Predict,
+    Site,
+    Talk,
+    Tree,
+    seed_of,
+    stream,
+)
+from fedtailor.engines.answering import Answers, Workers, answer, drive, looked
 from fedtailor.engines.clock import is_lost, seconds
 from fedtailor.engines.states import States
 from fedtailor.errors import RunError
@@ -176,6 +191,10 @@ class Local:
                 if isinstance(result, Fitted):
                     spent[client] += result.seen["flops"]
                     passed[client] += result.seen["examples"]
+            if not free:
+                for client, ask in asks.items():
+                    if isinstance(ask, Predict):
+                        spent[client] += looked(ask, self.workers.looks)
             return results
 
         for client, (own, reply) in sorted(drive(flows, answered).items()):

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from fedtailor.techniques.base import Technique
 from fedtailor.techniques.full import full
 from fedtailor.techniques.peft import head, ia3, lora, peft, prefix, prompt
+from fedtailor.techniques.retriever import retriever
+from fedtailor.techniques.template import template
 
 TECHNIQUES: Mapping[str, Callable[..., Technique]] = {
     "full": full,
@@ -16,6 +18,8 @@ TECHNIQUES: Mapping[str, Callable[..., Technique]] = {
     "peft": peft,
     "prefix": prefix,
     "prompt": prompt,
+    "retriever": retriever,
+    "template": template,
 }
 
 __all__ = ["TECHNIQUES", "Technique"]

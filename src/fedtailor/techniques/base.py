@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedtailor.backbone import Backbone, first_token, fork
-from fedtailor.core import Batch, Forward, Tree
+from fedtailor.core import Batch, Forward, Loss, Tree
+from fedtailor.metrics import Metric
 
 DELTA = "delta"
 """In a tree: unscaled B A products by module, merged into the frozen weights (what FLoRA and FedEx leave behind)."""
@@ -27,6 +28,9 @@ class Technique(NamedTuple):
     save: Callable[[Tree, Path], None]  # write the folder that PEFT (or transformers) loads
     merge: Callable[[Tree, Path], None]  # write a plain transformers folder
     scaling: float = 1.0  # LoRA's alpha / r, the same at every rank
+    passes: Callable[[Sequence[Tree]], int] = len  # forward passes of a batch that is judged with each of these trees in turn
+    loss: Loss | None = None  # what it is trained with where its outputs are no logits
+    metric: Callable[[Metric], Metric] | None = None  # and how they are judged
 
 
 def binder(
@@ -65,8 +69,10 @@ def binder(
             if "pixel_values" in inputs:
                 inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
             with around(own, params) if around else nullcontext():
-                logits: Tensor = functional_call(own, swapped, (), inputs).logits
-                return logits.float()
+                outputs = functional_call(own, swapped, (), inputs)
+            # An encoder without a head has no logits: its last hidden states, (batch, tokens, width), are what it says.
+            found: Tensor = outputs["logits" if "logits" in outputs else "last_hidden_state"]
+            return found.float()
 
         return forward
 

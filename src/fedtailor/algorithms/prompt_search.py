@@ -1,0 +1,303 @@
+"""Search for a discrete prompt with nothing but scores from the clients: no gradient, no weight, no text of theirs moves.
+
+Rounds: the server proposes candidates (trees of the technique `template`), clients score them on rows of their own, all candidates on
+the same rows, and answer with sums; the server adds the sums up and proposes anew. Down: texts. Up: three numbers a candidate.
+A query is one candidate read on one row; `budget` bounds their number over the whole run.
+
+A candidate counts by its difference to the best so far on the same rows: a client with one class, or with hard texts, favours nobody.
+Two rules, both ours (arXiv 2601.00526 names prompt engineering, and no rule; prompts edited by their loss: GrIPS, arXiv 2203.07281;
+successive halving: arXiv 1502.07943):
+    evolve   every client of the cohort scores all candidates. The best `keep` stay, and what is known of them grows; the others make
+             room for children by edits: a word replaced by one that the model takes for similar, put in or taken out; a class's text
+             from another parent or from `descriptions`; another template; a solved example more or less.
+    bandit   many candidates once, few of them at each client: it scores the best so far and `each` others, dealt in turn. When
+             everyone alive has been scored the worse half goes, until one is left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from fedtailor.core import (
+    Algorithm,
+    Batch,
+    ClientId,
+    Flow,
+    Forward,
+    Job,
+    Message,
+    Predict,
+    Site,
+    State,
+    Talk,
+    Tree,
+    answer_with,
+    seed_of,
+)
+from fedtailor.errors import ConfigError, nearest
+from fedtailor.techniques.template import SLOT, alternatives
+
+RULES = ("evolve", "bandit")
+TEMPLATES = (
+    SLOT,
+    f"{SLOT} It is about:",
+    f"This text says: {SLOT}",
+    f"{SLOT} In one word:",
+    f"What is this? {SLOT}",
+    f"{SLOT} All in all, it was",
+)
+FRAMES = ("{}", "This is about {}.", "a {} text", "It is {}.", "an example of {}", "The topic is {}.", "The opinion is {}.")
+MOST = 6  # alternatives that a class's text may have
+
+
+def prompt_search(
+    job: Job,
+    *,
+    rule: str = "evolve",
+    candidates: int = 16,
+    keep: int = 4,
+    each: int = 4,
+    rows: int = 32,
+    budget: int = 200_000,
+    by: str = "loss",
+    templates: list[str] = [],  # noqa: B006 (never written to)
+    descriptions: list[list[str]] = [],  # noqa: B006
+) -> Algorithm:
+    """Discrete prompts, black box: candidates go down, scores come up; `budget` counts the queries of the whole run."""
+    for name, found, known in (("rule", rule, RULES), ("by", by, ("accuracy", "loss"))):
+        if found not in known:
+            raise ConfigError(f"algorithm.{name} cannot be '{found}': {nearest(found, known)}")
+    for name, value in {"budget": budget, "candidates": candidates, "keep": keep, "each": each, "rows": rows}.items():
+        if value < 1:
+            raise ConfigError(f"algorithm.{name} must be at least 1 (got {value})")
+    if rule == "evolve" and keep >= candidates:
+        raise ConfigError(
+            f"algorithm.keep = {keep} leaves no room for new ones: set it below algorithm.candidates = {candidates}"
+        )
+    for text in templates:
+        if text.count(SLOT) != 1:
+            raise ConfigError(f"algorithm.templates: '{text}' needs the slot {SLOT} exactly once")
+
+    def init(params: Tree) -> State:
+        if "template" not in params:
+            raise ConfigError("algorithm prompt-search edits words: set technique.kind = 'template'")
+        if descriptions and len(descriptions) != len(params["labels"]):
+            raise ConfigError(f"algorithm.descriptions has {len(descriptions)} lists for {len(params['labels'])} classes")
+        first = children([params], [params], candidates - 1, edits(params, 0))
+        return {"pool": entries([params, *first]), "start": params, "best": params, "queries": 0, "turn": 0}
+
+    def edits(start: Tree, turn: int) -> Edits:
+        told = descriptions or [[f.format(text) for f in FRAMES for text in alternatives(label)] for label in start["labels"]]
+        return Edits(job, [*templates, *TEMPLATES], told, start, turn)
+
+    def score(own: Tree | None, msg: Message, site: Site) -> Flow:
+        data, sums = site.data["train"], {}
+        picked = torch.randperm(len(data), generator=site.random("score"))[: int(msg.info["rows"])].tolist()
+        if picked:
+            passes = job.passes(list(msg.body.values()))
+            outputs = yield Predict(partial(judge_each, job.judge), msg.body, data.take(picked), passes)
+            sums = {name: job.tally(unflattened(outputs, name)) for name in msg.body}
+        return own, Message("scored", sums, {"n": float(len(picked)), "queries": float(len(picked) * len(sums))})
+
+    def round(state: State, cohort: list[ClientId]) -> Talk:
+        pool = state["pool"]
+        dealt = dict.fromkeys(cohort, tuple(pool)) if rule == "evolve" else deal(pool, cohort, each)
+        left, asked = budget - int(state["queries"]), sum(map(len, dealt.values()))
+        share = min(rows, left // asked) if asked and len(pool) > 1 else 0  # the last of the budget is spent on fewer rows
+        if not share:
+            return state
+        letters = {  # equal letters are one
+            names: Message("score", {name: pool[name]["prompt"] for name in names}, {"rows": float(share)})
+            for names in set(dealt.values())
+        }
+        replies = yield {client: letters[names] for client, names in dealt.items()}
+        if not replies:
+            return state
+        spent, turn = sum(int(reply.info["queries"]) for reply in replies.values()), int(state["turn"]) + 1
+        told = learned(pool, [replies[c].body for c in sorted(replies)], by)
+        ranked = sorted(told, key=lambda name: (-standing(told[name]), int(name)))
+        best = told[ranked[0]]["prompt"]
+        if rule == "evolve":
+            ranked = ranked[:keep]
+            fresh = children(
+                [told[n]["prompt"] for n in ranked],
+                [e["prompt"] for e in told.values()],
+                candidates - keep,
+                edits(state["start"], turn),
+            )
+            grown = entries(fresh, 1 + max(map(int, pool)))
+        else:
+            ranked, grown = (ranked[: -(-len(ranked) // 2)] if all(e["rows"] for e in told.values()) else ranked), {}
+        kept = {name: told[name] for name in sorted(ranked, key=int)}
+        return {**state, "pool": {**kept, **grown}, "best": best, "queries": int(state["queries"]) + spent, "turn": turn}
+
+    answer, judged = answer_with(job, lambda state: state["best"])
+    return Algorithm(
+        init=init,
+        round=round,
+        client={"score": score, "answer": judged},
+        answer=answer,
+        model=lambda state: state["best"],
+    )
+
+
+def judge_each(judge: Any, forward: Forward, candidates: Tree, batch: Batch) -> Tree:
+    """Outputs of every candidate on the same batch, as "name/output"; the technique reads a batch once for equal templates."""
+    found: Tree = {}
+    # Equal templates one after the other: the technique keeps what it read last.
+    for name in sorted(candidates, key=lambda name: (candidates[name]["template"], candidates[name]["shown"], int(name))):
+        found |= {f"{name}/{key}": value for key, value in judge(forward, candidates[name], batch).items()}
+    return found
+
+
+def unflattened(outputs: Tree, name: str) -> Tree:
+    return {key.partition("/")[2]: value for key, value in outputs.items() if key.startswith(f"{name}/")}
+
+
+def entries(prompts: Iterable[Tree], first: int = 0) -> Tree:
+    """A pool: candidates by number, with what is known of them."""
+    return {str(first + i): {"prompt": prompt, "gain": 0.0, "rows": 0.0} for i, prompt in enumerate(prompts)}
+
+
+def standing(entry: Mapping[str, Any]) -> float:
+    """How much better than the start of the search, a row; nothing is known of who was never scored."""
+    return float(entry["gain"]) / float(entry["rows"]) if entry["rows"] else -math.inf
+
+
+def leader_of(pool: Mapping[str, Any]) -> str:
+    return min(pool, key=lambda name: (-standing(pool[name]), int(name)))
+
+
+def deal(pool: Mapping[str, Any], cohort: Sequence[ClientId], each: int) -> dict[ClientId, tuple[str, ...]]:
+    """The leader and `each` others to each client, in turn, from those on who have been scored least."""
+    leader = leader_of(pool)
+    waiting = sorted((name for name in pool if name != leader), key=lambda name: (float(pool[name]["rows"]), int(name)))
+    each = min(each, len(waiting))
+    return {
+        client: (leader, *(waiting[(i * each + j) % len(waiting)] for j in range(each)))
+        for i, client in enumerate(cohort)
+        if waiting
+    }
+
+
+def learned(pool: Mapping[str, Any], replies: Sequence[Tree], by: str) -> dict[str, Tree]:
+    """The pool after these replies: each candidate's difference to the leader on the same rows, on the leader's scale."""
+    leader = leader_of(pool)
+    base = standing(pool[leader]) if pool[leader]["rows"] else 0.0
+    told = {}
+    for name, entry in pool.items():
+        pairs = [(value(reply[name], by), value(reply[leader], by)) for reply in replies if name in reply and leader in reply]
+        seen = sum(weight for (_, weight), _ in pairs)
+        gained = sum(mine - its for (mine, _), (its, _) in pairs) + base * seen
+        told[name] = {**entry, "gain": float(entry["gain"]) + gained, "rows": float(entry["rows"]) + seen}
+    return told
+
+
+def value(sums: Mapping[str, Any], by: str) -> tuple[float, float]:
+    """(what to make large, rows or tokens it is the sum over)."""
+    weight = float(sums["tokens" if "tokens" in sums else "n"])
+    return (float(sums["correct"]) if by == "accuracy" else -float(sums["nll"])), weight
+
+
+class Edits:
+    """Edits of prompts, drawn from a stream of their own for each turn of the search."""
+
+    def __init__(self, job: Job, templates: Sequence[str], descriptions: Sequence[Sequence[str]], start: Tree, turn: int) -> None:
+        self.similar, self.templates, self.descriptions, self.start = job.similar, templates, descriptions, start
+        self._draw = torch.Generator().manual_seed(seed_of(job.seed, "edits", turn))
+        self.words = sorted({word for text in (*templates, *(t for d in descriptions for t in d)) for word in _plain(text)})
+
+    def below(self, count: int) -> int:
+        return int(torch.randint(count, (1,), generator=self._draw))
+
+    def one(self, options: Sequence[Any]) -> Any:
+        return options[self.below(len(options))]
+
+    def child(self, parents: Sequence[Tree]) -> Tree:
+        """One parent with one or two edits."""
+        prompt: Tree = self.one(parents)
+        kinds = [self._other_template, self._template_word]
+        kinds += [self._described, self._label_word, self._label_word, self._crossed(parents)] if prompt["labels"] else []
+        kinds += [self._example] if self.start["shown"] else []
+        for _ in range(1 + self.below(2)):
+            edit: Callable[[Tree], Tree] = self.one(kinds)
+            prompt = edit(prompt)
+        return prompt
+
+    def _other_template(self, prompt: Tree) -> Tree:
+        return {**prompt, "template": self.one(self.templates)}
+
+    def _template_word(self, prompt: Tree) -> Tree:
+        before, after = prompt["template"].split(SLOT)
+        parts = [before, after]
+        side = self.below(2) if prompt["labels"] else 0  # language models read what stands before
+        parts[side] = self._edited(parts[side])
+        return {**prompt, "template": f"{parts[0].strip()} {SLOT} {parts[1].strip()}".strip()}
+
+    def _described(self, prompt: Tree) -> Tree:
+        """A class's text as it is given, instead of its own or beside it."""
+        k = self.below(len(prompt["labels"]))
+        text = self.one(self.descriptions[k]) if self.descriptions[k] else prompt["labels"][k]
+        return _with_label(prompt, k, [text] if self.below(2) else [*alternatives(prompt["labels"][k]), text])
+
+    def _label_word(self, prompt: Tree) -> Tree:
+        k = self.below(len(prompt["labels"]))
+        texts = alternatives(prompt["labels"][k])
+        i, deed = self.below(len(texts)), self.below(4)
+        if deed == 0 and len(texts) > 1:
+            return _with_label(prompt, k, texts[:i] + texts[i + 1 :])
+        other = self._edited(texts[i]) or texts[i]
+        return _with_label(prompt, k, [*texts, other] if deed == 1 else [*texts[:i], other, *texts[i + 1 :]])
+
+    def _crossed(self, parents: Sequence[Tree]) -> Any:
+        def cross(prompt: Tree) -> Tree:
+            other = self.one(parents)
+            return {**prompt, "labels": [pair[self.below(2)] for pair in zip(prompt["labels"], other["labels"], strict=True)]}
+
+        return cross
+
+    def _example(self, prompt: Tree) -> Tree:
+        """One solved example more, or one less."""
+        there = list(zip(prompt["shown"], prompt["shown_labels"], strict=True))
+        example = self.one(list(zip(self.start["shown"], self.start["shown_labels"], strict=True)))
+        there = [e for e in there if e != example] if example in there else [*there, example]
+        return {**prompt, "shown": [text for text, _ in there], "shown_labels": [label for _, label in there]}
+
+    def _edited(self, text: str) -> str:
+        """A word replaced (by a similar one where the model knows any), put in or taken out."""
+        words = text.split()
+        i, deed = self.below(len(words) + 1), self.below(3)
+        if deed == 0 and len(words) > 1 and i < len(words):
+            return " ".join(words[:i] + words[i + 1 :])
+        if deed == 1 or i == len(words):
+            return " ".join([*words[:i], self.one(self.words), *words[i:]]) if self.words else text
+        word = words[i].strip(".,:;!?").lower()
+        other = self.one(self.similar(word) or self.words or [word])
+        return " ".join([*words[:i], words[i].lower().replace(word, other) if word else other, *words[i + 1 :]])
+
+
+def children(parents: Sequence[Tree], known: Sequence[Tree], count: int, edits: Edits) -> list[Tree]:
+    """Up to so many new prompts: an edit may give what is there already."""
+    found = list(known)
+    for _ in range(20 * count):
+        if len(found) == len(known) + count:
+            break
+        child = edits.child(parents)
+        if child not in found:
+            found.append(child)
+    return found[len(known) :]
+
+
+def _with_label(prompt: Tree, k: int, texts: list[str]) -> Tree:
+    labels = list(prompt["labels"])
+    labels[k] = "; ".join(list(dict.fromkeys(texts))[:MOST])
+    return {**prompt, "labels": labels}
+
+
+def _plain(text: str) -> Iterator[str]:
+    return (word for word in (w.strip(".,:;!?").lower() for w in text.replace(SLOT, " ").split()) if word.isalpha())

@@ -1,0 +1,281 @@
+"""Federated retrieval-augmented classification: texts are classified by labelled passages that stay with their owners.
+
+A client indexes the embeddings of its own training rows (technique `retriever`). The server sends the embeddings of its queries, each
+client answers with its k nearest rows, and the server merges the answers; labels of the k best vote, with weights softmax(cosine / 0.05).
+Sources: retrieval as part of a model (Lewis et al., arXiv 2005.11401), a vote of neighbours as a classifier (kNN-LM, arXiv 1911.00172),
+reciprocal rank fusion (Cormack et al., SIGIR 2009). That clients differ in what they let go (`access`), and the rest, is ours.
+
+access      what leaves a client with its k nearest rows (a list is dealt to the clients in turn; a client keeps to its own rule)
+            passages    scores, row numbers, labels, and the rows' tokens, each row once a letter
+            embeddings  scores, row numbers, labels, and the rows' embeddings; no text
+            answers     the vote of its own k rows, (queries, classes), and its best score; no row of its own
+            nothing     nothing: it takes part as a reader only
+merge       scores      by cosine: exactly the k nearest of all rows, as all clients have one encoder
+            calibrated  by (cosine - mean) / deviation over all rows of that client, for each query
+            rrf         by 1 / (rrf + rank) in the client's own list. No row is in two lists, so this takes all firsts, then all
+                        seconds; among equals the larger cosine comes first
+An answer counts like one more neighbour of its best score whose label is the vote. `train` = true makes each round a round of FedAvg on
+the retriever's tree first, with the contrastive loss. Then the server asks its next `queries` test texts, to measure what queries
+cost: nothing is learned from the answers, and no label of a query is read outside of evaluation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Generator, Mapping
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedtailor import wire
+from fedtailor.algorithms.fedavg import fedavg
+from fedtailor.core import SERVER, Algorithm, Ask, ClientId, Examples, Flow, Job, Message, Predict, Site, State, Talk, Tree
+from fedtailor.errors import ConfigError, nearest
+from fedtailor.losses import TEMPERATURE, contrastive
+from fedtailor.techniques.retriever import embed, smoothed
+from fedtailor.trees import numel
+
+RULES = ("passages", "embeddings", "answers", "nothing")
+MERGES = ("scores", "calibrated", "rrf")
+CLOSE = 1e-5  # cosines nearer than this are equal: a row's embedding depends in its last bits on what shares its batch
+
+
+def rag(
+    job: Job,
+    *,
+    k: int = 8,
+    access: str | list[str] = "passages",
+    merge: str = "scores",
+    rrf: int = 60,
+    queries: int = 256,
+    train: bool = False,
+    weighting: str = "examples",
+) -> Algorithm:
+    """Federated retrieval: neighbours among all clients' rows vote; `access` says what may leave a client, `merge` how lists meet."""
+    rules = [access] if isinstance(access, str) else list(access)
+    for name, found, known in (*(("access", rule, RULES) for rule in rules), ("merge", merge, MERGES)):
+        if found not in known:
+            raise ConfigError(f"algorithm.{name} cannot be '{found}': {nearest(found, known)}")
+    for name, value in {"k": k, "queries": queries, "rrf": rrf}.items():
+        if value < 1:
+            raise ConfigError(f"algorithm.{name} must be at least 1 (got {value})")
+    if all(rule == "nothing" for rule in rules[: job.clients]):
+        raise ConfigError(f"algorithm.access lets nothing leave any client: choose one of: {', '.join(RULES[:3])}")
+    if job.loss is not contrastive:
+        raise ConfigError("algorithm rag searches by embeddings: set technique.kind = 'retriever'")
+    library()  # what is missing is told now, not after the first round
+    averaged = fedavg(job, weighting=weighting)
+
+    def init(params: Tree) -> State:
+        if train and not numel(params):
+            raise ConfigError("algorithm.train = true, but technique.rank = 0 has nothing to train: set it to 1 or more")
+        return {**averaged.init(params), "queries": 0, "sources": []}
+
+    def encoder(state: State) -> Tree:
+        """What a letter says of the encoder: nothing where everybody has it from the start."""
+        return state["params"] if train else {}
+
+    def embed_queries(own: Tree | None, msg: Message, site: Site) -> Flow:
+        """This site's test texts, or `count` of them from number `start` on, as embeddings."""
+        data = site.data.get("test")
+        if data is None or not len(data):
+            return own, Message("embedded")
+        if "count" in msg.info:
+            data = data.take((int(msg.info["start"]) + np.arange(min(int(msg.info["count"]), len(data)))) % len(data))
+        outputs = yield Predict(embed, msg.body["params"] or site.init, data)
+        return own, Message("embedded", {"queries": outputs["embedding"]})
+
+    def search(own: Tree | None, msg: Message, site: Site) -> Flow:
+        data, rule = site.data["train"], rules[site.number % len(rules)]
+        if rule == "nothing" or not len(data):
+            return own, Message("found")
+        rows = everything(data)
+        own, vectors = yield from indexed(own, msg.body["params"] or site.init, data, rows)
+        asked = msg.body["queries"]
+        scores, found = top(vectors, asked, k)
+        labels = rows["labels"][found]
+        if rule == "answers":
+            return own, Message("found", {"votes": vote(scores, labels), "best": scores[:, 0].clone()})
+        body: Tree = {"scores": scores, "rows": found.int(), "labels": labels.int()}
+        if merge == "calibrated":
+            near = asked @ vectors.T
+            body |= {"mean": near.mean(1), "deviation": near.std(1, correction=0)}
+        cited = found.unique()
+        if rule == "embeddings":
+            return own, Message("found", {**body, "embeddings": {"rows": cited.int(), "vectors": vectors[cited]}})
+        seen = rows["attention_mask"][cited].bool()
+        tokens = rows["input_ids"][cited][seen]
+        passages = {"rows": cited.int(), "lengths": seen.sum(1).int(), "tokens": tokens.int()}
+        return own, Message("found", {**body, "passages": passages})
+
+    def judge(own: Tree | None, msg: Message, site: Site) -> Flow:
+        """Compare what was found for this site's test texts with their labels; at the server, also with one index of all rows."""
+        if "votes" not in msg.body:
+            return own, Message("judged", {}, {"n": 0.0})
+        label = everything(site.data["test"])["labels"]
+        votes = msg.body["votes"]
+        votes = F.pad(votes, (0, max(0, int(label.max()) + 1 - votes.shape[1])))
+        nll = -smoothed(votes).gather(1, label[:, None])[:, 0].log()
+        body = {"test": job.tally({"nll": nll, "predicted": votes.argmax(1), "label": label})}
+        info = {"n": float(len(label))}
+        if "scores" in msg.body and len(site.data.get("train", ())):
+            outputs = yield Predict(embed, msg.body["params"] or site.init, site.data["train"])
+            best, _ = top(outputs["embedding"], msg.body["queries"], k)
+            info |= agreement(msg.body["scores"], best)
+        return own, Message("judged", body, info)
+
+    def round(state: State, cohort: list[ClientId]) -> Talk:
+        if train:
+            state = yield from averaged.round(state, cohort)
+        start = int(state["queries"])
+        letter = Message("embed", {"params": encoder(state)}, {"start": float(start), "count": float(queries)})
+        asked = yield {SERVER: letter}
+        if SERVER not in asked or "queries" not in asked[SERVER].body:
+            return state
+        embeddings = asked[SERVER].body["queries"]
+        found = yield dict.fromkeys(cohort, Message("search", {"params": encoder(state), "queries": embeddings}))
+        return {**state, "queries": start + len(embeddings), "sources": sorted({*state["sources"], *found})}
+
+    def answer(state: State, cohort: list[ClientId]) -> Talk:
+        """Every client's test texts and the server's are searched for among all clients; an empty cohort (a look between rounds)
+        asks the server's alone, of whoever has answered so far."""
+        params, sources = encoder(state), cohort or list(state["sources"])
+        asked = yield dict.fromkeys([*cohort, SERVER], Message("embed", {"params": params}))
+        askers = {c: asked[c].body["queries"] for c in sorted(asked) if "queries" in asked[c].body}
+        places = dict(
+            zip(askers, torch.arange(sum(map(len, askers.values()))).split([len(q) for q in askers.values()]), strict=True)
+        )
+        letters = dict.fromkeys(asked, Message("judge"))
+        shares: dict[ClientId, float] = {}
+        if askers:
+            together = torch.cat(list(askers.values()))
+            found = (yield dict.fromkeys(sources, Message("search", {"params": params, "queries": together}))) if sources else {}
+            hits = merged(found, len(together), k, merge, rrf)
+            votes = weighed(hits, found)
+            letters |= {c: Message("judge", {"votes": votes[rows]}) for c, rows in places.items()}
+            if SERVER in places and cohort:
+                rows = places[SERVER]
+                body = {"votes": votes[rows], "scores": hits.scores[rows], "queries": together[rows], "params": params}
+                letters[SERVER] = Message("judge", body)
+                shares = {c: float((hits.owners[rows] == i).any(1).double().mean()) for i, c in enumerate(sorted(found))}
+        replies = yield letters
+        return {c: r._replace(info={**r.info, "cited": shares[c]} if c in shares else r.info) for c, r in replies.items()}
+
+    return Algorithm(
+        init=init,
+        round=round,
+        client={"train": averaged.client["train"], "embed": embed_queries, "search": search, "judge": judge},
+        answer=answer,
+        model=lambda state: state["params"],
+    )
+
+
+def library() -> ModuleType:
+    """faiss.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise ConfigError("algorithm rag needs faiss, which is not installed: pip install 'fedtailor[rag]'") from error
+    return faiss  # type: ignore[no-any-return]
+
+
+def top(vectors: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k rows of largest inner product, the largest first: (scores, row numbers), both (queries, min(k, rows))."""
+    index = library().IndexFlatIP(vectors.shape[1])
+    index.add(vectors.numpy())
+    scores, rows = index.search(queries.contiguous().numpy(), min(k, len(vectors)))
+    return torch.from_numpy(scores), torch.from_numpy(rows)
+
+
+def everything(data: Examples) -> dict[str, Tensor]:
+    """All rows as one batch: labels, and tokens with the mask that says where they end."""
+    return data.batch(range(len(data)), int(max(data.lengths)), len(data))
+
+
+def indexed(
+    own: Tree | None, params: Tree, data: Examples, rows: Mapping[str, Tensor]
+) -> Generator[Ask, Any, tuple[Tree, Tensor]]:
+    """(own state, embeddings of the rows): encoded once for an encoder and these rows, and kept with a mark of both."""
+    digest = hashlib.sha256(wire.encode(Message("encoder", params)))
+    for name in sorted(rows):
+        digest.update(rows[name].numpy().tobytes())
+    mark = digest.hexdigest()
+    if own is None or own["mark"] != mark:
+        outputs = yield Predict(embed, params, data)
+        own = {"mark": mark, "vectors": outputs["embedding"]}
+    return own, own["vectors"]
+
+
+def vote(scores: Tensor, labels: Tensor, classes: int = 0) -> Tensor:
+    """Shares of the classes among neighbours, weights softmax(score / 0.05); shapes (n, k) twice -> (n, classes)."""
+    classes = classes or int(labels.max()) + 1
+    weights = (scores / TEMPERATURE).softmax(1)
+    return torch.zeros(len(scores), classes).scatter_add_(1, labels.long(), weights)
+
+
+class Hits(NamedTuple):
+    """Merged lists, the best first; each (queries, up to k)."""
+
+    scores: Tensor  # cosines
+    labels: Tensor
+    owners: Tensor  # numbers of the clients, in their sorted order
+    rows: Tensor  # numbers of the rows at their owners
+
+
+def merged(found: Mapping[ClientId, Message], queries: int, k: int, merge: str, rrf: int) -> Hits:
+    """The k best of all clients' lists, for each query. Equal keys: the larger cosine, then the earlier client."""
+    lists = [(i, found[c].body) for i, c in enumerate(sorted(found)) if "scores" in found[c].body]
+    if not lists:
+        nothing = torch.zeros(queries, 0)
+        return Hits(nothing, nothing.long(), nothing.long(), nothing.long())
+    scores = torch.cat([body["scores"] for _, body in lists], 1)
+    keys = torch.cat([_keys(body, merge, rrf) for _, body in lists], 1)
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, keys.gather(1, order).argsort(dim=1, descending=True, stable=True))[:, :k]
+    owners = torch.cat([torch.full_like(body["rows"], i) for i, body in lists], 1)
+    labels, rows = (torch.cat([body[name] for _, body in lists], 1) for name in ("labels", "rows"))
+    return Hits(*(t.gather(1, order) for t in (scores, labels.long(), owners.long(), rows.long())))
+
+
+def _keys(body: Tree, merge: str, rrf: int) -> Tensor:
+    scores: Tensor = body["scores"]
+    if merge == "calibrated":
+        # A client with one row, or with equal ones, has no deviation: its rows are as near as its mean.
+        standard: Tensor = (scores - body["mean"][:, None]) / body["deviation"].clamp_min(CLOSE)[:, None]
+        return standard
+    if merge == "rrf":
+        return (1 / (rrf + 1 + torch.arange(scores.shape[1]))).expand_as(scores)
+    return scores
+
+
+def weighed(hits: Hits, found: Mapping[ClientId, Message]) -> Tensor:
+    """Shares of the classes, (queries, classes): each neighbour votes for its label, each answer as one neighbour that is torn."""
+    answers = [found[c].body for c in sorted(found) if "votes" in found[c].body]
+    classes = max([1, *(a["votes"].shape[1] for a in answers), *(hits.labels.flatten() + 1).tolist()])
+    weights = (torch.cat([hits.scores, *(a["best"][:, None] for a in answers)], 1) / TEMPERATURE).softmax(1)
+    direct, torn = weights.split([hits.scores.shape[1], len(answers)], 1)
+    shares = torch.zeros(len(hits.scores), classes).scatter_add_(1, hits.labels, direct)
+    for i, body in enumerate(answers):
+        shares[:, : body["votes"].shape[1]] += torn[:, i : i + 1] * body["votes"]
+    return shares
+
+
+def agreement(scores: Tensor, best: Tensor) -> dict[str, float]:
+    """Means over the queries of recall and nDCG, a row being relevant if one index of all rows has it among its k best.
+
+    Args:
+        scores: (queries, up to k) cosines of the rows that were found, in their order.
+        best: (queries, up to k) those of the k nearest of all rows. A row with at least the last of them is one of them, or as near.
+    """
+    hit = (scores >= best[:, -1:] - CLOSE).double()
+    discounts = 1 / torch.arange(2, best.shape[1] + 2).double().log2()
+    gained = (hit * discounts[: hit.shape[1]]).sum(1) / discounts.sum()
+    return {"recall_at_k": float(hit.sum(1).mean()) / best.shape[1], "ndcg_at_k": float(gained.mean())}
