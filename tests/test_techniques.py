@@ -38,6 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "prefix": {"length": 3},
     "prompt": {"length": 3},
     "retriever": {"rank": 2},
+    "template": {},
 }
 TARGETS = {
     "bert": ["dense"],
@@ -49,7 +50,7 @@ TARGETS = {
 }
 NO_HEAD = {(family, "head") for family in CAUSAL}
 NO_PROMPT = {("vit", "prompt")}
-NO_LOGITS = ("retriever",)  # it has tests of its own (test_rag.py)
+NO_LOGITS = ("retriever", "template")  # no logits, or nothing to train: tests of their own (test_rag.py, test_prompt_search.py)
 PAIRS = [(f, k) for f in FAMILIES for k in TECHNIQUES if (f, k) not in NO_HEAD | NO_PROMPT and k not in NO_LOGITS]
 NO_CACHE = {("vit", "prefix"), ("distilbert", "prefix")}  # PEFT has no forward for these: our attention carries the prefix
 AUTO = {
