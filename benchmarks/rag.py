@@ -4,9 +4,8 @@
 
 experiments/rag.toml over the seeds (each draws its own partition and test texts). First table: accuracy of the neighbours' vote, recall
 and nDCG against one index of all clients' rows, and bytes a query, all clients together, in letters of 256 queries. Second table: bytes a
-query by queries in a letter: a passage that several of them cite crosses once, and so does a letter's header. `--rounds N`: also
-a retriever (LoRA of rank 8) trained for N rounds, against the frozen one, with the bytes of its training. Each seed encodes once: all
-cases share the clients' indexes.
+query by queries in a letter: a passage that several of them cite crosses once, and so does a letter's header. Each seed encodes once:
+all cases share the clients' indexes. With `--rounds N` another table instead: a retriever (LoRA of rank 8) trained for N rounds.
 """
 
 from __future__ import annotations
@@ -45,6 +44,9 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 16, 256])
     parser.add_argument("--rounds", type=int, default=0)
     args = parser.parse_args()
+    if args.rounds:
+        trained(args.seeds, args.rounds)
+        return
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
     costs: dict[tuple[str, int], list[dict[str, float]]] = {}
     for seed in args.seeds:
@@ -68,8 +70,6 @@ def main() -> None:
     for size in args.sizes:
         ups = [f"{mean(costs[name, size], 'up'):,.0f}" for name in ("passages", "embeddings", "answers")]
         print(f"| {size} | {' | '.join(ups)} | {mean(costs['answers', size], 'down'):,.0f} |")
-    if args.rounds:
-        trained(args.seeds, args.rounds)
 
 
 def asked(world: World, states: States, queries: int, judged: bool, **options: Any) -> dict[str, float]:

@@ -31,7 +31,7 @@ from fedtailor.losses import classification, contrastive
 from fedtailor.metrics import metric
 from fedtailor.predict import predict
 from fedtailor.run import run
-from fedtailor.simulation import build
+from fedtailor.simulation import Facts, equip
 from fedtailor.techniques import TECHNIQUES, Technique
 from fedtailor.trees import leaves
 from tiny import FIRST, LABELS, TEXT, WORDS, batch_of, randomized, rows_of, same
@@ -444,6 +444,16 @@ def test_lost_and_empty_clients(world: Callable[..., World], federation: Federat
     assert "recall_at_k" not in nobody.answers[SERVER].info
 
 
+def test_a_filter_that_rounds_changes_scores_and_no_label(federation: Federation) -> None:
+    plain, rounded = (
+        federation("rag", technique="retriever", options={"queries": 4, "access": "embeddings"}, rounds=1, up=up)
+        for up in ((), ("int8-plain",))
+    )
+    assert rounded.state["sources"] == ["c0", "c1", "c2"]
+    assert rounded.ledger.total("bytes_up") < plain.ledger.total("bytes_up")
+    assert rounded.answers[SERVER].info == plain.answers[SERVER].info  # an evaluation crosses no wire
+
+
 def test_a_look_between_rounds_asks_whoever_has_answered(world: Callable[..., World]) -> None:
     """An empty cohort, as validation has it: the server's texts only, and no index of all rows is made for it."""
     here, own = world("rag", technique="retriever", options={"queries": 4}), {}
@@ -458,6 +468,9 @@ def test_a_look_between_rounds_asks_whoever_has_answered(world: Callable[..., Wo
     letters = talk.send(dict.fromkeys(asked, Message("found")))
     assert list(letters) == [SERVER]
     assert list(letters[SERVER].body) == ["votes"]
+    talk = here.algorithm.answer(state, [])  # and without any text to ask for, nobody
+    next(talk)
+    assert talk.send({SERVER: Message("embedded")}) == {SERVER: Message("judge")}
 
 
 def test_training_brings_rows_of_a_class_together(techniques: Techniques, tmp_path: Path) -> None:
@@ -560,16 +573,16 @@ def test_a_run_says_what_was_found_and_what_a_query_costs(folders: Callable[[str
         predict(tmp_path / "run", ["good"])
 
 
-@pytest.mark.parametrize("algorithm", [{"kind": "fedavg"}, {"kind": "rag", "train": True, "queries": 5}, {"kind": "pooled"}])
+@pytest.mark.parametrize("algorithm", [{"kind": "fedavg"}, {"kind": "rag", "train": True, "queries": 5}])
 def test_a_retriever_is_trained_like_any_technique(
     algorithm: dict[str, Any], folders: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """With the contrastive loss; without `rag` its number is that of each row's nearest other row."""
     sections = {"technique": {"kind": "retriever", "rank": 2}, "algorithm": algorithm}
     experiment = written(tmp_path / "data", folders("bert"), **sections)
-    world = build(experiment)
-    assert world.job.loss is contrastive
-    assert [world.site(c, 0).number for c in sorted(world.clients)] == [0, 1, 2]
+    model = equip(experiment, Facts("text", LABELS, False, ["a", "b", "c"]))
+    assert model.job.loss is contrastive
+    assert [model.site(c, 0).number for c in ("a", "b", "c")] == [0, 1, 2]
     summary = run(experiment, tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
     assert all(line["loss"] > 0 for line in lines)
@@ -581,7 +594,7 @@ def test_a_retriever_is_trained_like_any_technique(
 
 def test_an_encoder_that_nothing_trains_is_for_retrieval_alone(folders: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="technique 'retriever' has nothing to train"):
-        build(written(tmp_path / "data", folders("bert"), algorithm={"kind": "fedavg"}))
+        equip(written(tmp_path / "data", folders("bert"), algorithm={"kind": "fedavg"}), Facts("text", LABELS, False, ["a"]))
 
 
 def test_the_embedded_encoder_retrieves_better_than_the_commonest_class(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def export(
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ConfigError(f"--to '{to}' exists and is not an empty folder: name another one")
     model, state, states = reopen(run)
-    tree = tree_of(model, state, states, client)
+    model, tree = tree_of(model, state, states, client)
     try:
         (model.technique.merge if merge else model.technique.save)(tree, to)
     except OSError as error:

@@ -52,6 +52,10 @@ class DataSection(Section):
     pair: tuple[str, str] | None = Field(None, description="two columns, for pairs of texts")
     label: str | None = Field(None, description="column of the label")
     test: str | float | None = Field(None, description="a file or split, or the fraction held out (0.2 without a test set)")
+    public: str | float | None = Field(
+        None, description="public examples: a data set of the same kind, or the share of the training rows to be held by nobody"
+    )
+    public_limit: int | None = Field(2000, ge=1, description="public examples, drawn by the seed")
     limit: int | None = Field(None, ge=1, description="training examples, drawn by the seed")
     test_limit: int | None = Field(None, ge=1, description="test examples, drawn by the seed")
     max_length: int = Field(128, ge=2, description="tokens; longer texts are cut, at 128 or where the model's positions end")
@@ -73,6 +77,15 @@ class PartitionSection(OpenSection):
     kind: str = "iid"
 
 
+class TechniqueSection(OpenSection):
+    kind: str = "prefix"
+
+
+class KindSection(Section):
+    model: ModelSection | None = Field(None, description="the experiment's own when absent")
+    technique: TechniqueSection | None = Field(None, description="the experiment's own when absent")
+
+
 class ClientsSection(Section):
     count: int = Field(20, ge=1)
     per_round: int | None = Field(None, ge=1, description="clients drawn each round; all when absent")
@@ -83,10 +96,7 @@ class ClientsSection(Section):
     deadline: float = Field(0, ge=0, description="seconds on the virtual clock after which a reply is too late; 0: none")
     ranks: list[PositiveInt] = Field([], description="LoRA ranks, dealt to the clients in turn")
     lengths: list[PositiveInt] = Field([], description="prefix or prompt lengths, dealt to the clients in turn")
-
-
-class TechniqueSection(OpenSection):
-    kind: str = "prefix"
+    kinds: list[KindSection] = Field([], description="models and techniques, dealt to the clients in turn (distil and local)")
 
 
 class AlgorithmSection(OpenSection):

@@ -27,6 +27,9 @@ Forward: TypeAlias = Callable[[Tree, Batch], Tensor]  # (params, batch) -> logit
 Loss: TypeAlias = Callable[[Forward, Tree, Batch, Tree], Tensor]  # (forward, params, batch, aux) -> scalar
 State: TypeAlias = Tree
 
+TARGETS = ("labels", "teacher")
+"""What a batch holds for the loss and not for the model."""
+
 SERVER: ClientId = "server"
 """A site beside the server itself: the held-out global test set, and, in simulation only, the pooled training data."""
 
@@ -51,6 +54,10 @@ class Examples(Protocol):
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Examples:
         """Some of the rows, in this order."""
+        ...
+
+    def having(self, name: str, column: Tensor) -> Examples:
+        """The same rows with one tensor more in each batch: a row of `column` an example."""
         ...
 
     def batch(self, rows: Sequence[int] | np.ndarray, width: int, size: int) -> dict[str, Tensor]:
@@ -189,6 +196,7 @@ class Job(NamedTuple):
     exact_down: bool = True  # what the server sends arrives unrounded (no lossy filter)
     seed: int = 0  # of what is drawn at the server; a client draws from its site
     passes: Callable[[Sequence[Tree]], int] = len  # forward passes that a row takes to be judged with each of these trees
+    public: int = 0  # examples that everybody has, where there are any: a site's data["public"]
     similar: Callable[[str], list[str]] = lambda word: []  # words that the model takes for like this one, the nearest first
 
 

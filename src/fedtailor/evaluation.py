@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fedtailor.core import SERVER, ClientId, Letters, Tree
-from fedtailor.engines.answering import Workers
+from fedtailor.engines.answering import Crew, Workers
 from fedtailor.engines.local import Local
 from fedtailor.engines.training import Flops, no_flops
 from fedtailor.filters import chain
@@ -19,13 +19,17 @@ from fedtailor.metrics import mean_loss, total
 from fedtailor.simulation import Model, World, build
 
 
-def workers(model: Model, flops: Flops = no_flops, looks: Flops = no_flops) -> Workers:
+def workers(model: Model, flops: Flops = no_flops, looks: Flops = no_flops) -> Workers | Crew:
     """One single-threaded worker a core on a CPU, one worker on a GPU."""
     engine, device = model.experiment.engine, model.job.device
     cores = torch.get_num_threads()
     count = engine.workers or (1 if device != "cpu" or model.experiment.train.dropout else max(1, min(cores, 8)))
     group = engine.group or (64 if device != "cpu" else 0)
-    return Workers(model.technique.bind, count, device, flops, group, looks)
+    server = Workers(model.technique.bind, count, device, flops, group, looks)
+    if not model.kits:
+        return server
+    pools = [Workers(kit.technique.bind, count, device, kit.flops, group, kit.looks) for kit in model.kits]
+    return Crew(server, {client: pools[i % len(pools)] for i, client in enumerate(model.facts.clients)})
 
 
 def broadcast_of(model: Model, state: Tree, client: ClientId) -> Tree:

@@ -86,6 +86,21 @@ class _Shifted(_Wrapped):
         return base(forward, params, batch, aux) + linear  # type: ignore[operator,no-any-return]
 
 
+def distilling(temperature: float) -> Loss:
+    """T^2 KL(softmax(teacher / T) || softmax(logits / T)), mean over the rows (Hinton et al., arXiv 1503.02531)."""
+    return _Distilling(temperature)
+
+
+class _Distilling(_Wrapped):
+    def __call__(self, forward: Forward, params: Tree, batch: Batch, aux: Tree) -> Tensor:
+        _, temperature = self
+        assert isinstance(temperature, float)
+        seen = batch["labels"] != IGNORED  # padding rows have no teacher
+        said = (forward(params, batch) / temperature).log_softmax(-1)
+        apart = F.kl_div(said, (batch["teacher"] / temperature).log_softmax(-1), reduction="none", log_target=True).sum(-1)
+        return temperature**2 * (apart * seen).sum() / seen.sum().clamp_min(1)
+
+
 def tail_norms(params: Tree, pairs: dict[str, tuple[str, str]], start: int) -> Tensor:
     """sum over LoRA modules of ||B[:, start:]||_F ||A[start:, :]||_F: what the last ranks still carry (HetLoRA)."""
     total = torch.zeros(())

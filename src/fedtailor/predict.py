@@ -11,7 +11,7 @@ import torch
 from fedtailor.backbone import Backbone, positions
 from fedtailor.core import Predict, Tree, stream
 from fedtailor.data.encode import PROMPT, encode, shortened
-from fedtailor.engines.answering import Workers, answer
+from fedtailor.engines.answering import Crew, Workers, answer
 from fedtailor.engines.states import States
 from fedtailor.errors import ConfigError, DataError, nearest
 from fedtailor.evaluation import broadcast_of, workers
@@ -24,34 +24,36 @@ PAIR = "|||"
 NEW = 40  # tokens that a continuation has at most
 
 
-def tree_of(model: Model, state: Tree, states: States, client: str | None) -> Tree:
-    """The global tree, or a client's personal one.
+def tree_of(model: Model, state: Tree, states: States, client: str | None) -> tuple[Model, Tree]:
+    """The global tree, or a client's personal one, and the model that it bends.
 
     Raises:
         ConfigError: no such client, or an algorithm without personal models.
     """
     if client is None:
-        return model.algorithm.model(state)
+        return model, model.algorithm.model(state)
     client = safe(client)  # also as the data writes it
     if client not in model.facts.clients:
         raise ConfigError(f"no client '{client}': {nearest(client, model.facts.clients)}")
     if model.algorithm.personal is None:
         raise ConfigError(f"algorithm '{model.experiment.algorithm.kind}' has no personal models: leave --client out")
     own = states.read_own(client).get("algorithm")
-    return model.algorithm.personal(own, broadcast_of(model, state, client), model.site(client, 0))
+    tree = model.algorithm.personal(own, broadcast_of(model, state, client), model.site(client, 0))
+    return model.seen_by(client), tree
 
 
 def predict(run: Path, texts: list[str], client: str | None = None) -> list[dict[str, Any]]:
     """[{text, label, index, scores}] for classes; for language models `label` is the continuation."""
     model, state, states = reopen(run)
+    model, tree = tree_of(model, state, states, client)
     pool = workers(model)
     try:
-        return _predicted(model, pool, tree_of(model, state, states, client), texts)
+        return _predicted(model, pool, tree, texts)
     finally:
         pool.close()
 
 
-def _predicted(model: Model, pool: Workers, tree: Tree, texts: list[str]) -> list[dict[str, Any]]:
+def _predicted(model: Model, pool: Workers | Crew, tree: Tree, texts: list[str]) -> list[dict[str, Any]]:
     from fedtailor.data.examples import Subset
     from fedtailor.data.sources import Rows
 
@@ -78,7 +80,7 @@ def _predicted(model: Model, pool: Workers, tree: Tree, texts: list[str]) -> lis
             columns["pair"] = [half[1].strip() for half in halves]
     store = encode(Rows(columns), kind, model.backbone.processor, model.experiment.data.max_length)
     ask = Predict(scores, tree, Subset(store, range(store.rows)))
-    found = answer({"you": ask}, pool, lambda c: stream(0), False)["you"]["scores"]
+    found = answer({"you": ask}, pool.of("you"), lambda c: stream(0), False)["you"]["scores"]
     best = found.argmax(1).tolist()
     return [
         {"text": text, "label": model.facts.labels[i], "index": i, "scores": row.tolist()}

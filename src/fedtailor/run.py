@@ -176,6 +176,7 @@ def _finish(
         "train_rows": int(sum(len(s.train) for s in world.clients.values())),
         **world.without_training(),
         "partition": {"clients": world.facts.clients, "labels": world.facts.labels, "counts": world.counts.tolist()},
+        **({"prompt": algorithm.model(state)} if experiment.technique.kind == "template" else {}),
         "state_hash": states.hash(state),
     }
 
@@ -193,7 +194,7 @@ def save_personal(world: World, states: States, state: Tree, folder: Path) -> No
     for client in sorted(world.clients):
         own = states.read_own(client).get("algorithm")
         tree = world.algorithm.personal(own, broadcast_of(world, state, client), world.sites(client, 0))
-        world.technique.save(tree, folder / client)
+        world.kit(client).technique.save(tree, folder / client)
 
 
 def _write_clients(world: World, ledger: Ledger, own: dict[str, float], wide: dict[str, float], path: Path) -> None:

@@ -6,8 +6,8 @@ import functools
 import importlib.util
 import inspect
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +17,10 @@ import torch
 from fedtailor.algorithms import ALGORITHMS
 from fedtailor.backbone import Backbone, positions, sample_inputs, similar_words
 from fedtailor.backbone import load as load_backbone
-from fedtailor.config import DeviceSection, Experiment
+from fedtailor.config import DeviceSection, Experiment, ModelSection, TechniqueSection
 from fedtailor.core import SERVER, Algorithm, ClientId, Device, Job, Site, seed_of, stream
 from fedtailor.data.examples import Store, Subset
+from fedtailor.engines.training import Flops, no_flops
 from fedtailor.errors import ConfigError, DataError, FedtailorError, first_line, nearest
 from fedtailor.ledger import count_flops
 from fedtailor.losses import classification, language
@@ -31,6 +32,7 @@ from fedtailor.trees import numel, tree_map
 CODE = ("loss", "server_opt")  # parameters of an algorithm that are functions: set in code, never in a file
 TEXT = 24  # positions that must be left to a text: steps of up to so many tokens are counted before a run (ledger.py)
 TEXTS = ("prompt-search", "zero-shot", "rag")  # algorithms that need train no tensor
+OF_ALL_KINDS = ("distil", "local")  # algorithms whose clients may differ in technique and backbone
 BASELINES = ("pooled",)  # algorithms that train where the data is pooled: nothing crosses a wire
 
 
@@ -49,6 +51,16 @@ class Facts(NamedTuple):
     labels: list[str]  # class names; [] for language and instruction
     pairs: bool  # a text is two texts
     clients: list[ClientId]  # sorted: ranks, lengths and devices are dealt in this order
+    public: int = 0  # examples that everybody has
+
+
+class Kit(NamedTuple):
+    """What a kind of client works with."""
+
+    backbone: Backbone
+    technique: Technique
+    flops: Flops = no_flops  # (rows, width) -> operations of a training step
+    looks: Flops = no_flops  # the same of a forward pass
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,18 @@ class Model:
     metric: Metric
     job: Job
     site: Callable[[ClientId, int], Site]  # with the client's initial tree and device, and no data
+    kits: tuple[Kit, ...]  # dealt to the clients in turn; () where all work with what the server has
+
+    def kit(self, client: ClientId) -> Kit:
+        """What this client works with, or the server."""
+        if not self.kits or client not in self.facts.clients:
+            return Kit(self.backbone, self.technique)
+        return self.kits[self.facts.clients.index(client) % len(self.kits)]
+
+    def seen_by(self, client: ClientId) -> Model:
+        """The model of one kind of client, for using its own tree."""
+        kit = self.kit(client)
+        return replace(self, backbone=kit.backbone, technique=kit.technique, kits=())
 
 
 @dataclass(frozen=True)
@@ -75,8 +99,8 @@ class World(Model):
     test: Store
     sites: Callable[[ClientId, int], Site]
     valid_sites: Callable[[ClientId, int], Site]
-    flops: Callable[[int, int], float]  # (rows, width) -> operations of a training step
-    looks: Callable[[int, int], float]  # the same of a forward pass
+    flops: Flops  # what the server's kit costs
+    looks: Flops
 
     def without_training(self) -> dict[str, float]:
         """What needs no training: always the commonest training class."""
@@ -98,14 +122,31 @@ def equip(experiment: Experiment, facts: Facts) -> Model:
     device = pick_device(experiment.engine.device)
     dtype = torch.bfloat16 if experiment.engine.precision == "bf16" else torch.float32
     kind = experiment.technique.kind
-    backbone = load_backbone(experiment.model, facts.kind, facts.labels, seed, device, dtype, kind == "template")
-    _fits_memory(experiment, backbone)
-    options = checked(choose(TECHNIQUES, "technique", kind), "technique", experiment.technique.options, "backbone")
-    try:
-        technique: Technique = TECHNIQUES[kind](backbone, **options)
-    except (RuntimeError, MemoryError) as error:  # torch's word for memory that there is not
-        raise ConfigError(f"technique.kind '{kind}' with {options} does not fit: {first_line(error)}") from error
+
+    @functools.cache
+    def loaded(model: str, reads_words: bool) -> Backbone:
+        """A backbone once, however many kinds of clients use it; the section as text, as it has no hash."""
+        return load_backbone(ModelSection.model_validate_json(model), facts.kind, facts.labels, seed, device, dtype, reads_words)
+
+    def kit(model: ModelSection, technique: TechniqueSection) -> Kit:
+        options = checked(choose(TECHNIQUES, "technique", technique.kind), "technique", technique.options, "backbone")
+        backbone = loaded(model.model_dump_json(), technique.kind == "template")
+        _fits_memory(experiment, backbone)
+        try:
+            return Kit(backbone, TECHNIQUES[technique.kind](backbone, **options))
+        except (RuntimeError, MemoryError) as error:  # torch's word for memory that there is not
+            raise ConfigError(f"technique.kind '{technique.kind}' with {options} does not fit: {first_line(error)}") from error
+
+    backbone, technique, *_ = kit(experiment.model, experiment.technique)
+    kits = tuple(kit(k.model or experiment.model, k.technique or experiment.technique) for k in experiment.clients.kinds)
+    if kits and experiment.algorithm.kind not in OF_ALL_KINDS:
+        raise ConfigError(
+            f"clients.kinds: algorithm {experiment.algorithm.kind} exchanges trees, which must be alike: "
+            f"set algorithm.kind to one of {', '.join(OF_ALL_KINDS)}"
+        )
     sizes = experiment.clients.ranks or experiment.clients.lengths
+    if sizes and kits:
+        raise ConfigError("clients.kinds has techniques with ranks and lengths of their own: leave clients.ranks and lengths out")
     fitting = {"ranks": ("lora", "peft"), "lengths": ("prefix", "prompt")}["ranks" if experiment.clients.ranks else "lengths"]
     if sizes and kind not in fitting:
         raise ConfigError(f"clients.ranks goes with technique lora, clients.lengths with prefix and prompt (here it is {kind})")
@@ -125,6 +166,7 @@ def equip(experiment: Experiment, facts: Facts) -> Model:
         exact_down=not experiment.filters.down,
         seed=seed,
         passes=technique.passes,
+        public=facts.public,
         similar=functools.partial(similar_words, backbone),
     )
     factory = algorithm_named(experiment.algorithm.kind)
@@ -133,15 +175,17 @@ def equip(experiment: Experiment, facts: Facts) -> Model:
     if not numel(technique.init) and experiment.algorithm.kind not in TEXTS:
         raise ConfigError(f"technique '{kind}' has nothing to train: set algorithm.kind to one of {', '.join(TEXTS)}")
     profiles = devices(experiment, facts.clients)
-    experiment = with_room(experiment, backbone, positions_taken(technique))
+    for each in (Kit(backbone, technique), *kits):
+        experiment = with_room(experiment, each.backbone, positions_taken(each.technique))
     places = {c: i for i, c in enumerate(facts.clients)}
     inits = {c: trees[sizes[i % len(sizes)]] for c, i in places.items()} if sizes else {}
+    inits |= {c: kits[i % len(kits)].technique.init for c, i in places.items()} if kits else {}
 
     def site(client: ClientId, round: int) -> Site:
         device, number = profiles.get(client, Device()), places.get(client, 0)
         return Site(client, {}, inits.get(client, technique.init), round, seed, device, number)
 
-    return Model(experiment, facts, backbone, technique, algorithm, found, job, site)
+    return Model(experiment, facts, backbone, technique, algorithm, found, job, site, kits)
 
 
 def build(experiment: Experiment) -> World:
@@ -165,30 +209,29 @@ def build(experiment: Experiment) -> World:
     clients = {safe(c): _split(c, rows, experiment, seed) for c, rows in parts.items()}
     if len(clients) != len(parts):
         raise DataError("client names differ only in characters that a file name cannot hold: rename them")
-    model = equip(experiment, Facts(source.kind, source.labels, "pair" in source.train.column_names, sorted(clients)))
-    backbone, technique, job = model.backbone, model.technique, model.job
-    model.algorithm.init(technique.init)  # an algorithm that this technique does not suit says so now, not after the first round
-    store, test = (
-        encode(part, source.kind, backbone.processor, model.experiment.data.max_length) for part in (source.train, source.test)
-    )
+    pairs, public = "pair" in source.train.column_names, len(source.public) if source.public else 0
+    model = equip(experiment, Facts(source.kind, source.labels, pairs, sorted(clients), public))
+    model.algorithm.init(model.technique.init)  # an algorithm that this technique does not suit says so now, not after a round
+
+    @functools.cache
+    def encoded(at: int) -> Stores:
+        """The data as this backbone's tokens; by place, as models have no hash: equal ones are one object."""
+        processor, longest = backbones[at].processor, model.experiment.data.max_length
+        train, test = (encode(part, source.kind, processor, longest) for part in (source.train, source.test))
+        return Stores(train, test, encode(source.public, source.kind, processor, longest) if source.public else None)
+
+    backbones = [model.backbone, *(kit.backbone for kit in model.kits)]
+    first = [next(i for i, other in enumerate(backbones) if other is backbone) for backbone in backbones]
+    stores = [encoded(at) for at in first]
+    store, test = stores[0].train, stores[0].test
     labels = np.asarray(source.train["label"]) if source.labels else np.zeros(len(source.train), dtype=int)
     counts = describe({c: s.train for c, s in clients.items()}, labels)
-    sites, valid_sites = _sites(model, clients, store, test)
-    forward = technique.bind(False)
-
-    def batch_of(width: int) -> dict[str, torch.Tensor]:
-        inputs = sample_inputs(backbone, width)
-        labels_of = inputs["input_ids"] if job.loss is language else torch.zeros(1, dtype=torch.long, device=job.device)
-        return {**inputs, "labels": labels_of}
-
-    # The personal part of an algorithm's tree costs as much as the technique's own: its count is everybody's.
-    tree, ragged = _on(technique.init, job.device), bool(store.ragged)
-    with torch.no_grad():
-        forward(tree, batch_of(8))  # what a technique keeps after its first call (embedded class texts) is not counted
-    looks = count_flops(forward, None, tree, batch_of, ragged)
-    flops = count_flops(forward, job.loss, tree, batch_of, ragged) if numel(technique.init) else looks
+    sites, valid_sites = _sites(model, clients, stores)
+    flops, looks = _counted(model, Kit(model.backbone, model.technique), bool(store.ragged))
+    costs = [_counted(model, kit, bool(store.ragged)) for kit in model.kits]
+    kits = tuple(kit._replace(flops=train, looks=look) for kit, (train, look) in zip(model.kits, costs, strict=True))
     return World(
-        **vars(model),
+        **{**vars(model), "kits": kits},
         clients=clients,
         counts=counts,
         store=store,
@@ -198,6 +241,24 @@ def build(experiment: Experiment) -> World:
         flops=flops,
         looks=looks,
     )
+
+
+def _counted(model: Model, kit: Kit, ragged: bool) -> tuple[Flops, Flops]:
+    """What a training step and a forward pass cost with this kit, (rows, width) -> operations."""
+    job, technique = model.job, kit.technique
+    forward = technique.bind(False)
+
+    def batch_of(width: int) -> dict[str, torch.Tensor]:
+        inputs = sample_inputs(kit.backbone, width)
+        labels = inputs["input_ids"] if job.loss is language else torch.zeros(1, dtype=torch.long, device=job.device)
+        return {**inputs, "labels": labels}
+
+    # The personal part of an algorithm's tree costs as much as the technique's own: its count is everybody's.
+    tree = _on(technique.init, job.device)
+    with torch.no_grad():
+        forward(tree, batch_of(8))  # what a technique keeps after its first call (embedded class texts) is not counted
+    looks = count_flops(forward, None, tree, batch_of, ragged)
+    return count_flops(forward, job.loss, tree, batch_of, ragged) if numel(technique.init) else looks, looks
 
 
 def choose(registry: Mapping[str, Any], section: str, kind: str) -> Any:
@@ -357,30 +418,46 @@ def devices(experiment: Experiment, clients: list[ClientId]) -> dict[ClientId, D
     return {c: device_of(profiles[int(i)]) for c, i in zip(clients, picked, strict=True)}
 
 
+class Stores(NamedTuple):
+    """The data in one backbone's tokens."""
+
+    train: Store
+    test: Store
+    public: Store | None
+
+
 def _sites(
-    model: Model, clients: dict[ClientId, Split], store: Store, test: Store
+    model: Model, clients: dict[ClientId, Split], stores: Sequence[Stores]
 ) -> tuple[Callable[[ClientId, int], Site], Callable[[ClientId, int], Site]]:
-    """The model's sites with their data, and the same for validation."""
+    """The model's sites with their data, and the same for validation. Stores: the server's, then one a kit."""
     experiment = model.experiment
     everything = np.concatenate([clients[c].train for c in sorted(clients)])
     valid = np.concatenate([clients[c].valid for c in sorted(clients)])
     valid = _sample(valid, experiment.evaluate.valid_limit, seed_of(experiment.seed, "valid"))
-    whole = Subset(test, np.arange(test.rows))
-    glance = Subset(test, _sample(np.arange(test.rows), experiment.evaluate.sample, seed_of(experiment.seed, "sample")))
+    test_rows = np.arange(stores[0].test.rows)
+    glance = _sample(test_rows, experiment.evaluate.sample, seed_of(experiment.seed, "sample"))
+    places = {c: i for i, c in enumerate(model.facts.clients)}
+
+    def of(client: ClientId) -> Stores:
+        return stores[1 + places[client] % len(model.kits)] if model.kits and client != SERVER else stores[0]
 
     def sites(client: ClientId, round: int) -> Site:
+        store, test, public = of(client)
         if client == SERVER:
-            return model.site(client, round)._replace(data={"train": Subset(store, everything), "test": whole})
-        rows = clients[client]
-        data = {"train": Subset(store, rows.train), "valid": Subset(store, rows.valid), "test": Subset(store, rows.test)}
-        if model.algorithm.personal:
-            data["global"] = glance
+            data = {"train": Subset(store, everything), "test": Subset(test, test_rows)}
+        else:
+            rows = clients[client]
+            data = {"train": Subset(store, rows.train), "valid": Subset(store, rows.valid), "test": Subset(store, rows.test)}
+            if model.algorithm.personal:
+                data["global"] = Subset(test, glance)
+        if public is not None:
+            data["public"] = Subset(public, np.arange(public.rows))
         return model.site(client, round)._replace(data=data)
 
     def valid_sites(client: ClientId, round: int) -> Site:
         """The same sites, their validation rows in the place of the test rows."""
         site = sites(client, round)
-        rows = valid if client == SERVER else clients[client].valid
+        rows, store = valid if client == SERVER else clients[client].valid, of(client).train
         return site._replace(data={"train": site.data["train"], "test": Subset(store, rows)})
 
     return sites, valid_sites

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from fedtailor.algorithms.baselines import local, pooled, zero_shot
+from fedtailor.algorithms.distil import distil
 from fedtailor.algorithms.fedavg import fedadagrad, fedadam, fedavg, fedavgm, fedyogi
 from fedtailor.algorithms.fedbuff import asynchronous
 from fedtailor.algorithms.fedex import fedex
@@ -20,6 +21,7 @@ from fedtailor.core import Algorithm
 
 ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
     "asynchronous": asynchronous,
+    "distil": distil,
     "fedadagrad": fedadagrad,
     "fedadam": fedadam,
     "fedavg": fedavg,

@@ -146,13 +146,11 @@ def rag(
         params, sources = encoder(state), cohort or list(state["sources"])
         asked = yield dict.fromkeys([*cohort, SERVER], Message("embed", {"params": params}))
         askers = {c: asked[c].body["queries"] for c in sorted(asked) if "queries" in asked[c].body}
-        places = dict(
-            zip(askers, torch.arange(sum(map(len, askers.values()))).split([len(q) for q in askers.values()]), strict=True)
-        )
         letters = dict.fromkeys(asked, Message("judge"))
         shares: dict[ClientId, float] = {}
         if askers:
-            together = torch.cat(list(askers.values()))
+            together, sizes = torch.cat(list(askers.values())), [len(q) for q in askers.values()]
+            places = dict(zip(askers, torch.arange(len(together)).split(sizes), strict=True))
             found = (yield dict.fromkeys(sources, Message("search", {"params": params, "queries": together}))) if sources else {}
             hits = merged(found, len(together), k, merge, rrf)
             votes = weighed(hits, found)
@@ -184,7 +182,7 @@ def library() -> ModuleType:
         import faiss
     except ImportError as error:
         raise ConfigError("algorithm rag needs faiss, which is not installed: pip install 'fedtailor[rag]'") from error
-    return faiss  # type: ignore[no-any-return]
+    return faiss
 
 
 def top(vectors: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -259,7 +257,8 @@ def _keys(body: Tree, merge: str, rrf: int) -> Tensor:
 def weighed(hits: Hits, found: Mapping[ClientId, Message]) -> Tensor:
     """Shares of the classes, (queries, classes): each neighbour votes for its label, each answer as one neighbour that is torn."""
     answers = [found[c].body for c in sorted(found) if "votes" in found[c].body]
-    classes = max([1, *(a["votes"].shape[1] for a in answers), *(hits.labels.flatten() + 1).tolist()])
+    known = int(hits.labels.max()) + 1 if hits.labels.numel() else 1
+    classes = max([known, *(a["votes"].shape[1] for a in answers)])
     weights = (torch.cat([hits.scores, *(a["best"][:, None] for a in answers)], 1) / TEMPERATURE).softmax(1)
     direct, torn = weights.split([hits.scores.shape[1], len(answers)], 1)
     shares = torch.zeros(len(hits.scores), classes).scatter_add_(1, hits.labels, direct)

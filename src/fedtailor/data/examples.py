@@ -64,6 +64,11 @@ class Subset:
     def take(self, rows: Sequence[int] | np.ndarray) -> Subset:
         return Subset(self.source, self.rows[np.asarray(rows, dtype=np.int64)])
 
+    def having(self, name: str, column: Tensor) -> Subset:
+        whole = column.new_zeros((self.source.rows, *column.shape[1:]))
+        whole[torch.from_numpy(self.rows)] = column
+        return Subset(self.source._replace(fixed={**self.source.fixed, name: whole}), self.rows)
+
     def batch(self, rows: Sequence[int] | np.ndarray, width: int, size: int) -> dict[str, Tensor]:
         """Tensors of shape (size, width) for ragged columns and (size, ...) for fixed ones.
 

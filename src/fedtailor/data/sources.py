@@ -57,6 +57,7 @@ class Source(NamedTuple):
     test: Rows
     labels: list[str]  # class names; [] for language and instruction
     name: str
+    public: Rows | None = None  # what everybody may see; its labels are all 0, whatever they were
 
 
 def load(config: DataSection, seed: int) -> Source:
@@ -84,9 +85,46 @@ def load(config: DataSection, seed: int) -> Source:
     if tested is None:
         train, test = _held_out(train, config.test if isinstance(config.test, float) else HELD_OUT, seed, config.name)
     train, test = _limited(train, config.limit, seed, "limit"), _limited(test, config.test_limit, seed, "test")
+    public = None
+    if config.public is not None:
+        train, public = _public(config, kind, train, seed)
     if labels and len(set(train["label"])) < 2:
         raise DataError(f"data '{config.name}': all {len(train)} training rows have one class: a classifier needs two")
-    return Source(kind, train, test, labels, config.name)
+    return Source(kind, train, test, labels, config.name, public)
+
+
+def _public(config: DataSection, kind: str, train: Rows, seed: int) -> tuple[Rows, Rows]:
+    """(what is left to train on, the public rows without their labels).
+
+    Raises:
+        ConfigError: language data, or pairs from another data set. DataError: that data set cannot be read or has no such column.
+    """
+    if kind not in ("text", "image"):
+        raise ConfigError(f"data.public goes with classes: this is {kind} data; leave it out")
+    if isinstance(config.public, float):
+        if not 0 < config.public < 1:
+            raise ConfigError(f"data.public = {config.public}: as a number it is the share that nobody holds, between 0 and 1")
+        train, rows = _held_out(train, config.public, seed, config.name)
+    else:
+        if "pair" in train.column_names:
+            raise ConfigError(
+                "data.public: pairs of texts need a share of the training rows (0.1, for example), not another data set"
+            )
+        other = config.model_copy(update={"name": config.public, "text": None, "label": None, "subset": None, "test": None})
+        splits, _ = _read(other)
+        columns = splits.get("train") or next(iter(splits.values()))
+        # As language data: one column of texts, and no label is looked for.
+        rows = Rows(_normalised(other, "language", columns, "public") if kind == "text" else _images(other, columns))
+    rows = _limited(rows, config.public_limit, seed, "public")
+    wanted = [name for name in ("text", "pair", "image") if name in rows.column_names]
+    return train, Rows({**{name: rows[name] for name in wanted}, "label": [0] * len(rows)})
+
+
+def _images(config: DataSection, columns: Columns) -> Columns:
+    name = next((name for name in IMAGE_NAMES if name in columns), None)
+    if name is None:
+        raise DataError(f"data.public '{config.name}' has no images: its columns are {', '.join(columns)}")
+    return {"image": columns[name]}
 
 
 def _read(config: DataSection) -> Found:

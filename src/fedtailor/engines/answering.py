@@ -69,9 +69,27 @@ class Workers:
             return [one(item) for item in items]
         return list(self._pool.map(one, items))
 
+    def of(self, client: ClientId) -> Workers:
+        """Who works for this client: clients with other models have workers of their own (`Crew`)."""
+        return self
+
     def close(self) -> None:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
+
+
+class Crew:
+    """Workers by client, where clients differ in technique or backbone; those of the server for everybody else."""
+
+    def __init__(self, server: Workers, clients: Mapping[ClientId, Workers]) -> None:
+        self._server, self._clients, self.count = server, clients, server.count
+
+    def of(self, client: ClientId) -> Workers:
+        return self._clients.get(client, self._server)
+
+    def close(self) -> None:
+        for workers in {id(w): w for w in (self._server, *self._clients.values())}.values():
+            workers.close()
 
 
 def answer(asks: Mapping[ClientId, Ask], workers: Workers, randoms: Randoms, stacked: bool, pace: int | None = None) -> Answers:

@@ -26,7 +26,7 @@ from fedtailor.core import (
     seed_of,
     stream,
 )
-from fedtailor.engines.answering import Answers, Workers, answer, drive, looked
+from fedtailor.engines.answering import Answers, Crew, Workers, answer, drive, looked
 from fedtailor.engines.clock import is_lost, seconds
 from fedtailor.engines.states import States
 from fedtailor.errors import RunError
@@ -55,7 +55,7 @@ class Local:
         self,
         algorithm: Algorithm,
         sites: Callable[[ClientId, int], Site],
-        workers: Workers,
+        workers: Workers | Crew,
         states: States,
         ledger: Ledger,
         up: Filter,
@@ -194,7 +194,7 @@ class Local:
             if not free:
                 for client, ask in asks.items():
                     if isinstance(ask, Predict):
-                        spent[client] += looked(ask, self.workers.looks)
+                        spent[client] += looked(ask, self.workers.of(client).looks)
             return results
 
         for client, (own, reply) in sorted(drive(flows, answered).items()):
@@ -210,14 +210,26 @@ class Local:
         pace = seed_of(self.seed, "pace", round, self._steps)
         if self.stacked:
             try:
-                return answer(asks, self.workers, random, True, pace)
+                return self._by_kind(asks, random, True, pace)
             except RuntimeError as error:
                 # Some PEFT methods write in place or through an autograd.Function of their own, which vmap refuses.
                 if not any(word in str(error) for word in ("vmap", "functorch")):
                     raise
                 self.stacked = False
                 self.notice(f"round {round}: this technique cannot be stacked: clients are trained one by one")
-        return answer(asks, self.workers, random, False, pace)
+        return self._by_kind(asks, random, False, pace)
+
+    def _by_kind(
+        self, asks: dict[ClientId, Ask], random: Callable[[ClientId], torch.Generator], stacked: bool, pace: int
+    ) -> Answers:
+        """Clients with the same model together."""
+        kinds: dict[int, dict[ClientId, Ask]] = {}
+        for client, ask in asks.items():
+            kinds.setdefault(id(self.workers.of(client)), {})[client] = ask
+        done: Answers = {}
+        for part in kinds.values():
+            done |= answer(part, self.workers.of(next(iter(part))), random, stacked, pace)
+        return done
 
     def _reply(
         self, client: ClientId, own: Tree | None, reply: Message, stored: Tree, down: int, work: tuple[float, float], site: Site

@@ -62,6 +62,7 @@ def _single(run: Run) -> str:
             title,
             _notice(run),
             _cards(run),
+            _prompt(run),
             _section("Over the rounds", _over([run]) if curves else "", curves),
             _parts(run),
             _files(run),
@@ -79,7 +80,7 @@ def _several(runs: Sequence[Run]) -> str:
     legend = f"<fieldset><legend>Runs&ensp;</legend>{boxes}</fieldset>"
     parts = "".join(
         f"<details><summary><h2>{escape(run.label)}</h2></summary>"
-        f"{_subtitle(run)}{_notice(run)}{_cards(run)}{_parts(run)}{_files(run)}</details>"
+        f"{_subtitle(run)}{_notice(run)}{_cards(run)}{_prompt(run)}{_parts(run)}{_files(run)}</details>"
         for run in runs
     )
     return "".join(
@@ -202,6 +203,23 @@ def _parts(run: Run) -> str:
             _section("What it cost", "", figures.costs(run)),
             _folded("All rounds as a table", _rounds(run)) if run.rounds else "",
         ]
+    )
+
+
+def _prompt(run: Run) -> str:
+    """The words of a discrete prompt: what was found is there to be read."""
+    prompt = run.summary.get("prompt")
+    if not isinstance(prompt, dict):
+        return ""
+    classes = run.summary.get("partition", {}).get("labels", [])
+    said = list(zip(classes, prompt.get("labels", []), strict=False))
+    shown = [(escape(str(classes[k])), [escape(text)]) for text, k in zip(prompt["shown"], prompt["shown_labels"], strict=True)]
+    rows = [(escape(str(name)), [escape(text)]) for name, text in said]
+    return (
+        f"<section><h2>The prompt</h2><blockquote>{escape(prompt['template'])}</blockquote>"
+        + (_table(["class", "its words"], rows, "What stands for the classes", text=True) if rows else "")
+        + (_table(["class", "solved example"], shown, "Examples in the prompt", text=True) if shown else "")
+        + "</section>"
     )
 
 

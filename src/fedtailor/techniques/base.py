@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedtailor.backbone import Backbone, first_token, fork
-from fedtailor.core import Batch, Forward, Loss, Tree
+from fedtailor.core import TARGETS, Batch, Forward, Loss, Tree
 from fedtailor.metrics import Metric
 
 DELTA = "delta"
@@ -65,7 +65,7 @@ def binder(
                 change = (scaling * delta).to(dtype)
                 # GPT-2's Conv1D keeps (d_in, d_out) where Linear keeps (d_out, d_in).
                 swapped[bases[module]] = frozen + (change if _is_linear(own, bases[module]) else change.mT)
-            inputs = {k: v for k, v in batch.items() if k != "labels"}
+            inputs = {k: v for k, v in batch.items() if k not in TARGETS}
             if "pixel_values" in inputs:
                 inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
             with around(own, params) if around else nullcontext():

@@ -219,7 +219,8 @@ def _forward(own: nn.Module, backbone: Backbone, words: Words, scale: float) -> 
             for i, label in enumerate(params["labels"])
         ]
         texts = once(batch, params["template"], lambda: embedded(*spliced(batch, before, after)))
-        return scale * texts @ F.normalize(torch.stack(classes), dim=-1).T
+        cosine: Tensor = texts @ F.normalize(torch.stack(classes), dim=-1).T
+        return scale * cosine
 
     def likely(params: Tree, batch: Batch) -> Tensor:
         before, after = words.pieces(params)
@@ -231,9 +232,10 @@ def _forward(own: nn.Module, backbone: Backbone, words: Words, scale: float) -> 
                 ids, mask = spliced(batch, before, after)
                 last = (mask.sum(1) - 1 - words.closing).view(-1, 1, 1)
                 logits = own(input_ids=ids, attention_mask=mask).logits.float()
-                return logits.gather(1, last.expand(-1, 1, logits.shape[-1]))[:, 0].log_softmax(-1)
+                at_last: Tensor = logits.gather(1, last.expand(-1, 1, logits.shape[-1]))
+                return at_last[:, 0].log_softmax(-1)
 
-            told = once(batch, (tuple(before), tuple(after)), next_token)
+            told: Tensor = once(batch, (tuple(before), tuple(after)), next_token)
             return torch.stack([told[:, [t[0] for t in texts]].amax(1) for texts in answers], 1)
         return torch.stack([torch.stack([score(batch, before, after, t) for t in texts]).amax(0) for texts in answers], 1)
 
