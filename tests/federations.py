@@ -22,6 +22,7 @@ from fedtailor.metrics import metric
 from fedtailor.techniques import Technique
 from tiny import CAUSAL, KINDS, rows_of, same
 
+PUBLIC = 12  # rows that everybody has
 PLAN = Plan(epochs=1, batch=4, lr=1e-2)
 
 
@@ -101,6 +102,7 @@ def world_of(
         sizes=tuple((sizes or {}).values()),
         seed=seed,
         passes=technique.passes,
+        public=PUBLIC if KINDS[family] != "language" else 0,
     )
     log: list[Seen] = []
     algorithm = watched(ALGORITHMS[kind](job, **(options or {})), log)
@@ -112,12 +114,13 @@ def world_of(
     everybody = np.concatenate([train[c] for c in names])
     inits = {c: technique.resized(sizes[c]) for c in names} if sizes else dict.fromkeys(names, technique.init)
 
+    public = {"public": Subset(data, np.arange(52 - PUBLIC, 52))}
+
     def sites(client: str, round: int) -> Site:
         if client == SERVER:
-            return Site(
-                SERVER, {"train": Subset(data, everybody), "test": Subset(data, np.arange(52, 60))}, technique.init, round, seed
-            )
-        parts = {"train": Subset(data, train[client]), "test": Subset(data, train[client][:3])}
+            parts = {"train": Subset(data, everybody), "test": Subset(data, np.arange(52, 60)), **public}
+            return Site(SERVER, parts, technique.init, round, seed)
+        parts = {"train": Subset(data, train[client]), "test": Subset(data, train[client][:3]), **public}
         if algorithm.personal:
             parts["global"] = Subset(data, np.arange(52, 60))
         return Site(client, parts, inits[client], round, seed, (devices or {}).get(client, Device()), names.index(client))

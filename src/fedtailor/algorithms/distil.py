@@ -92,7 +92,8 @@ def distil(
             params = digested.params
         done = yield Fit(job.loss, params, site.data["train"], {}, job.plan)
         said = yield Predict(speak, done.params, site.data["public"].take(msg.body["rows"].tolist()))
-        return {"params": done.params}, Message("said", spoken(said["logits"], top), done.seen)
+        classes = {"classes": float(said["logits"].shape[1])}
+        return {"params": done.params}, Message("said", spoken(said["logits"], top), {**done.seen, **classes})
 
     def teach(own: Tree | None, msg: Message, site: Site) -> Flow:
         """The server's own student, beside it."""
@@ -107,7 +108,7 @@ def distil(
         heard = [replies[c] for c in sorted(replies) if float(replies[c].info["n"])]
         if not heard:
             return state
-        logits = [heard_of(reply.body, classes_of(heard)) for reply in heard]
+        logits = [heard_of(reply.body, int(reply.info["classes"])) for reply in heard]
         shares = [float(reply.info["n"]) for reply in heard] if weights == "examples" else [1.0] * len(heard)
         agreed = consensus(logits, shares, average, weights == "confidence")
         learnt = yield {SERVER: Message("teach", {"params": state["params"], "rows": at, "teacher": agreed})}
@@ -154,7 +155,7 @@ def spoken(logits: Tensor, top: int) -> Tree:
     if not top or top >= logits.shape[1]:
         return {"logits": logits}
     values, classes = logits.log_softmax(-1).topk(top, dim=-1)
-    return {"values": values, "classes": classes.to(torch.int16), "of": logits.shape[1]}
+    return {"values": values, "classes": classes.to(torch.int16)}
 
 
 def heard_of(body: Tree, classes: int) -> Tensor:
@@ -166,11 +167,6 @@ def heard_of(body: Tree, classes: int) -> Tensor:
     at: Tensor = body["classes"].long()
     left = (1 - values.exp().sum(1, keepdim=True)).clamp_min(1e-6) / (classes - values.shape[1])
     return left.log().expand(-1, classes).scatter(1, at, values)
-
-
-def classes_of(replies: Sequence[Message]) -> int:
-    body = replies[0].body
-    return int(body["of"]) if "of" in body else int(body["logits"].shape[1])
 
 
 def consensus(logits: Sequence[Tensor], shares: Sequence[float], average: str, by_confidence: bool) -> Tensor:
