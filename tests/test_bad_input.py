@@ -170,6 +170,38 @@ CASES: dict[str, Case] = {
     ),
     # ------------------------------------------------------------------------------------------- kinds and what they can take
     "unknown technique": run(USAGE, "technique.kind 'lorra'", "did you mean 'lora'?", technique__kind="lorra"),
+    "template without its slot": run(
+        USAGE, "technique.template 'about'", "slot {text}", technique__kind="template", technique__template="about",
+        algorithm__kind="prompt-search",
+    ),
+    "a class without words": run(
+        USAGE, "technique.labels has 1 texts for 3 classes", technique__kind="template", technique__labels='["one"]',
+        algorithm__kind="prompt-search",
+    ),
+    "nothing to train": run(USAGE, "technique 'template' has nothing to train", "prompt-search", technique__kind="template"),
+    "search of what is no text": run(USAGE, "prompt-search edits words", "'template'", algorithm__kind="prompt-search"),
+    "a budget of nothing": run(
+        USAGE, "algorithm.budget must be at least 1", technique__kind="template", algorithm__kind="prompt-search",
+        algorithm__budget=0,
+    ),
+    "a template merged": Case(
+        "export words --merge --to new", USAGE, ("cannot be merged",),
+        prepare=lambda folder: in_process(
+            *shlex.split("run e.toml --out words --set technique.kind=template --set algorithm.kind=zero-shot"), folder=folder
+        ),
+    ),
+    "zeroth-order without a step": run(USAGE, "algorithm.steps must be above 0", algorithm__kind="zeroth-order", algorithm__steps=0),
+    "distillation without public examples": run(USAGE, "set data.public", algorithm__kind="distil"),
+    "public examples that are not there": run(
+        DATA, "gone.csv", algorithm__kind="distil", data__public="gone.csv"
+    ),
+    "a public share of all": run(USAGE, "data.public = 1.0", algorithm__kind="distil", data__public=1.0),
+    "kinds of clients that average": toml(
+        'clients = { kinds = [{ technique = { kind = "head" } }] }', "clients.kinds: algorithm fedavg exchanges trees"
+    ),
+    "a kind of client that is none": toml(
+        'clients = { kinds = [{ technique = { kind = "hed" } }] }', "technique.kind 'hed'", "did you mean 'head'"
+    ),
     "unknown technique option": run(USAGE, "technique.rnk", "did you mean 'rank'?", technique__rnk=3),
     "rank 0": run(USAGE, "technique.rank", "at least 1", technique__rank=0),
     "negative rank": run(USAGE, "technique.rank", "at least 1", technique__rank=-2),
