@@ -30,6 +30,8 @@ FULL: dict[str, Any] = {
         "pair": ["a", "b"],
         "label": "y",
         "test": "dev.tsv",
+        "public": "others.csv",
+        "public_limit": 40,
         "limit": 100,
         "test_limit": 50,
         "max_length": 64,
@@ -57,6 +59,12 @@ FULL: dict[str, Any] = {
         "deadline": 12.5,
         "ranks": [2, 4],
         "lengths": [3, 5],
+        "kinds": [
+            {
+                "model": {"name": "/somewhere/model", "revision": "v1", "labels": 4},
+                "technique": {"kind": "lora", "rank": 2},
+            },
+        ],
     },
     "technique": {"kind": "lora", "rank": 4, "target": ["query"]},
     "algorithm": {"kind": "fedadam", "lr": 0.05},
@@ -257,6 +265,8 @@ WRONG = {
         "pair": [["a"], ["a", "b", "c"], "a"],
         "test": [[1]],
         "limit": [0, -5],
+        "public": [[1]],
+        "public_limit": [0],
         "test_limit": [0],
         "max_length": [1, 0],
         "metric": ["auc", 3],
@@ -270,6 +280,7 @@ WRONG = {
         "deadline": [-1],
         "ranks": [[0], [-1], [1.5], 3],
         "lengths": [[0], ["a"]],
+        "kinds": [["lora"], [{"technique": "lora"}], [{"techniq": {"kind": "lora"}}]],
         "devices": [["phone"], [{"share": 1}]],
     },
     "clients.devices": {
