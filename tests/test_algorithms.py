@@ -604,7 +604,14 @@ def test_hetlora_options_are_checked(world: Maker) -> None:
             world("hetlora", options=options)
 
 
-OTHERS = {"local", "prompt-search", "rag", "zero-shot", "zeroth-order"}  # they send no trained tree: tests of their own
+OTHERS = {
+    "adaptive-prefix",
+    "local",
+    "prompt-search",
+    "rag",
+    "zero-shot",
+    "zeroth-order",
+}  # they send no trained tree: tests of their own
 
 
 @pytest.mark.parametrize("kind", sorted(set(ALGORITHMS) - OTHERS))

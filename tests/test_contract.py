@@ -33,6 +33,7 @@ class Case(NamedTuple):
 
 
 CASES: dict[str, Case] = {
+    "adaptive-prefix": Case({"lengths": [1, 3], "pilot": 2}, technique="prefix", topts={"length": 3}, plan=SGD),
     "asynchronous": Case({"buffer": 2}),
     "distil": Case({"rows": 8, "top": 2, "weights": "confidence"}, plan=SGD),
     "fedadagrad": Case({"tau": 0.1}, technique="prefix", topts={"length": 2}, plan=SGD, redundant=("optimizer",)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from fedtailor.algorithms.adaptive import adaptive_prefix
 from fedtailor.algorithms.baselines import local, pooled, zero_shot
 from fedtailor.algorithms.distil import distil
 from fedtailor.algorithms.fedavg import fedadagrad, fedadam, fedavg, fedavgm, fedyogi
@@ -20,6 +21,7 @@ from fedtailor.algorithms.zeroth_order import zeroth_order
 from fedtailor.core import Algorithm
 
 ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
+    "adaptive-prefix": adaptive_prefix,
     "asynchronous": asynchronous,
     "distil": distil,
     "fedadagrad": fedadagrad,
