@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -77,6 +78,12 @@ def binder(
         return forward
 
     return bind
+
+
+def pooled(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The mean over the tokens that count, of length 1. Shapes: (batch, tokens, width), (batch, tokens) -> (batch, width)."""
+    weights = mask[..., None].to(hidden.dtype)
+    return F.normalize((hidden * weights).sum(1) / weights.sum(1).clamp_min(1), dim=-1)
 
 
 def _is_linear(model: nn.Module, weight: str) -> bool:

@@ -20,7 +20,7 @@ from fedtailor.core import Batch, Forward, Tree
 from fedtailor.errors import ConfigError
 from fedtailor.losses import TEMPERATURE, contrastive
 from fedtailor.metrics import Metric
-from fedtailor.techniques.base import Technique, binder
+from fedtailor.techniques.base import Technique, binder, pooled
 from fedtailor.techniques.full import write_model
 from fedtailor.techniques.peft import QUERY_VALUE, _targets, peft
 
@@ -54,12 +54,6 @@ def retriever(backbone: Backbone, rank: int = 0, alpha: float | None = None) -> 
         return forward
 
     return inner._replace(kind="retriever", bind=bind, loss=contrastive, metric=by_neighbour)
-
-
-def pooled(hidden: Tensor, mask: Tensor) -> Tensor:
-    """The mean over the tokens that count, of length 1. Shapes: (batch, tokens, width), (batch, tokens) -> (batch, width)."""
-    weights = mask[..., None].to(hidden.dtype)
-    return F.normalize((hidden * weights).sum(1) / weights.sum(1).clamp_min(1), dim=-1)
 
 
 def embed(forward: Forward, params: Tree, batch: Batch) -> Tree:

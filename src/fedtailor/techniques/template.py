@@ -26,7 +26,7 @@ from fedtailor import wire
 from fedtailor.backbone import Backbone, fork, positions
 from fedtailor.core import Batch, Forward, Tree
 from fedtailor.errors import ConfigError
-from fedtailor.techniques.base import Technique
+from fedtailor.techniques.base import Technique, pooled
 
 SLOT = "{text}"
 ROOM = 16  # tokens that must be left to a text
@@ -190,8 +190,8 @@ def _forward(own: nn.Module, backbone: Backbone, words: Words, scale: float) -> 
         return torch.where(mask.bool(), parts.gather(1, source.long()), words.pad).to(device), mask.to(device)
 
     def embedded(ids: Tensor, mask: Tensor) -> Tensor:
-        hidden = own.base_model(input_ids=ids, attention_mask=mask).last_hidden_state.float()  # type: ignore[operator,union-attr]
-        return F.normalize((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1), dim=-1)
+        hidden: Tensor = own.base_model(input_ids=ids, attention_mask=mask).last_hidden_state  # type: ignore[operator,union-attr]
+        return pooled(hidden.float(), mask)
 
     @functools.lru_cache(CACHED)
     @torch.no_grad()
