@@ -125,7 +125,7 @@ def test_it_needs_a_prefix_long_enough(world: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match="'prefix' or 'prompt'"):
         here.algorithm.init(here.technique.init)
     here = world("adaptive-prefix", technique="prompt", topts={"length": 2}, options={"lengths": [2, 5]})
-    with pytest.raises(ConfigError, match=r"technique.length = 2 is less than algorithm.lengths: set it to 5"):
+    with pytest.raises(ConfigError, match=r"technique.length = 2: set it to 5, the longest"):
         here.algorithm.init(here.technique.init)
     with pytest.raises(ConfigError, match=r"leave clients\.lengths out"):
         world("adaptive-prefix", technique="prefix", topts={"length": 2}, sizes={"c0": 1, "c1": 2, "c2": 2})

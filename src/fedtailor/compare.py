@@ -51,8 +51,12 @@ class Case(NamedTuple):
 
 
 EXCHANGED = ("algorithm", "filters", "clients.devices")
-TRAINED = ("technique", "train", "rounds", "clients.ranks", "clients.lengths")
-NOT_FOR = {"pooled": EXCHANGED, "local": EXCHANGED, "zero-shot": (*EXCHANGED, *TRAINED)}  # keys that mean nothing to a baseline
+TRAINED = ("technique", "train", "rounds", "clients.ranks", "clients.lengths", "clients.kinds")
+NOT_FOR = {  # keys that mean nothing to a baseline
+    "pooled": (*EXCHANGED, "clients.kinds"),
+    "local": EXCHANGED,
+    "zero-shot": (*EXCHANGED, *TRAINED),
+}
 
 
 def cases(experiment: Experiment) -> Iterator[Case]:
@@ -68,37 +72,39 @@ def cases(experiment: Experiment) -> Iterator[Case]:
     for variant in variants:
         if "seed" in variant:
             raise ConfigError("compare: seeds are varied by compare.seeds, a list, so that each case has them all")
-        changes, own = {k: v for k, v in variant.items() if k != "choose"}, variant.get("choose", {})
-        if not isinstance(own, dict) or not all(isinstance(v, list) for v in own.values()):
+        changes, chosen = {k: v for k, v in variant.items() if k != "choose"}, variant.get("choose", {})
+        if not isinstance(chosen, dict) or not all(isinstance(v, list) for v in chosen.values()):
             raise ConfigError('compare.sets: write choose as { "train.lr" = [0.001, 0.01] }')
-        choices = _grid({**section.choose, **own}, "choose")
+        choices = _grid({**section.choose, **chosen}, "choose")
         if len(choices) > 1 and not (experiment.evaluate.every and experiment.clients.valid):
             raise ConfigError("compare.choose needs validation data: set clients.valid above 0 and evaluate.every to 1 or more")
         for algorithm in (None, *(b for b in section.baselines if b in NOT_FOR)):
-            if algorithm:
-                changes = {k: v for k, v in changes.items() if not k.startswith(NOT_FOR[algorithm])}
-                choices = _unlike({k: v for k, v in c.items() if not k.startswith(NOT_FOR[algorithm])} for c in choices)
+            drop = NOT_FOR.get(algorithm or "", ())
+            own = {k: v for k, v in changes.items() if not k.startswith(drop)}
+            options = _unlike({k: v for k, v in c.items() if not k.startswith(drop)} for c in choices)
             for seed in section.seeds or [experiment.seed]:
                 values = written(experiment)
                 values.pop("compare")
                 values["seed"] = seed
-                for key, value in changes.items():
+                for key, value in own.items():
                     assign(values, key.split("."), value)
                 if algorithm:
                     values["algorithm"] = {"kind": algorithm}
                     values["filters"] = {}
                     values["clients"].pop("devices", None)
                     values["clients"].pop("deadline", None)
+                if algorithm in ("pooled", "zero-shot"):
+                    values["clients"]["kinds"] = []
                 if algorithm == "zero-shot":
                     ours = values["technique"] if values["technique"]["kind"] == "template" else {"kind": "template"}
                     values |= {"technique": ours, "rounds": 1}
                     values["clients"] |= {"ranks": [], "lengths": []}
-                title = ", ".join([*([algorithm] if algorithm else []), *([_titled(changes)] if changes else [])])
+                title = ", ".join([*([algorithm] if algorithm else []), *([_titled(own)] if own else [])])
                 title = title or str(experiment.algorithm.kind)
                 if (title, seed) not in seen:
                     seen.add((title, seed))
-                    case = Case(title, seed, values, choices)
-                    for choice in choices:
+                    case = Case(title, seed, values, options)
+                    for choice in options:
                         case.experiment(choice)  # a bad key is known before the first run
                     yield case
 

@@ -28,7 +28,6 @@ from fedtailor.simulation import Facts, Model, build, equip
 
 EXPERIMENT, ENVIRONMENT, FACTS = "experiment.toml", "environment.json", "facts.json"
 ROUNDS, CLIENTS, SUMMARY = "rounds.jsonl", "clients.csv", "summary.json"
-FILES = (("model", "name"), ("data", "name"), ("data", "test"), ("algorithm", "kind"))  # keys that may name a file or folder
 
 
 def check_folder(experiment: Experiment, out: Path, resume: bool) -> None:
@@ -99,18 +98,27 @@ def plain(experiment: Experiment) -> dict[str, Any]:
         return [strip(v) for v in value] if isinstance(value, list | tuple) else value
 
     values: dict[str, Any] = strip(experiment.model_dump())
-    model, data, algorithm = values["model"], values["data"], values["algorithm"]
-    folder, rows, test = (Path(str(name)).expanduser() for name in (model["name"], data["name"], data.get("test", "")))
-    if model["name"] not in MODELS and (_is_path(model["name"]) or folder.is_dir()):
-        model["name"] = _absolute(folder)
-    if data["name"] not in DATA and (_is_path(data["name"]) or rows.exists()):
-        data["name"] = _absolute(rows)
+    data, algorithm = values["data"], values["algorithm"]
+    for model in _models(values):
+        folder = Path(model["name"]).expanduser()
+        if model["name"] not in MODELS and (_is_path(model["name"]) or folder.is_dir()):
+            model["name"] = _absolute(folder)
+    for key in ("name", "public"):
+        name = data.get(key)
+        if isinstance(name, str) and name not in DATA and (_is_path(name) or Path(name).expanduser().exists()):
+            data[key] = _absolute(Path(name).expanduser())
+    test = Path(str(data.get("test", ""))).expanduser()
     if test.suffix.lower() in TABLES and test.is_file():  # else it is beside the data, whose name is absolute
         data["test"] = _absolute(test)
     file, found, function = algorithm["kind"].rpartition(":")
     if found:
         algorithm["kind"] = f"{_absolute(Path(file))}:{function}"
     return values
+
+
+def _models(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """The sections that name a model: the server's, and those of kinds of clients that have their own."""
+    return [values["model"], *(kind["model"] for kind in values["clients"].get("kinds", []) if "model" in kind)]
 
 
 def written(experiment: Experiment) -> dict[str, Any]:
@@ -131,12 +139,13 @@ def stored(out: Path) -> Experiment:
     was = now
     with contextlib.suppress(OSError, ValueError, KeyError):  # an earlier version's, or cut by a kill: taken as not moved
         was = json.loads((out / ENVIRONMENT).read_text(encoding="utf-8"))["folder"]
-    for section, key in FILES:
-        name = str(values[section].get(key))
+    named = [*((model, "name") for model in _models(values)), *((values["data"], key) for key in ("name", "test", "public"))]
+    for section, key in [*named, (values["algorithm"], "kind")]:
+        name = str(section.get(key))
         if was != now and os.path.isabs(name):
             moved = os.path.normpath(os.path.join(now, os.path.relpath(name, was)))
-            if Path(moved.rpartition(":")[0] if section == "algorithm" else moved).exists():
-                values[section][key] = moved
+            if Path(moved.rpartition(":")[0] if section is values["algorithm"] else moved).exists():
+                section[key] = moved
     if values["data"]["max_length"] == DataSection.model_fields["max_length"].default:
         del values["data"]["max_length"]  # earlier versions wrote it out unasked; who asked for it has a run, so it fits
     return parse(values)

@@ -19,6 +19,7 @@ from fedtailor.folder import reopen, writing
 from fedtailor.metrics import scores
 from fedtailor.simulation import Model, safe
 from fedtailor.techniques.peft import positions_taken
+from fedtailor.techniques.template import Words
 
 PAIR = "|||"
 NEW = 40  # tokens that a continuation has at most
@@ -102,7 +103,9 @@ def _continued(model: Model, tree: Tree, texts: list[str]) -> list[dict[str, Any
     tokenizer = model.backbone.processor
     with writing(), tempfile.TemporaryDirectory() as folder:
         model.technique.save(tree, Path(folder))
-        if model.technique.kind == "full":
+        if model.technique.kind == "template":
+            speaker: Any = model.backbone.model
+        elif model.technique.kind == "full":
             from transformers import AutoModelForCausalLM
 
             speaker = AutoModelForCausalLM.from_pretrained(folder)
@@ -111,16 +114,17 @@ def _continued(model: Model, tree: Tree, texts: list[str]) -> list[dict[str, Any
     speaker = speaker.eval().to(model.job.device)
     limit = positions(model.backbone)
     room = None if limit is None else limit - positions_taken(model.technique)
+    before = Words(tokenizer).pieces(tree).before[-model.technique.takes :] if model.technique.kind == "template" else []
     out = []
     for text in texts:
-        asked = torch.tensor([_asked(model.backbone, text, room)], device=model.job.device)
+        asked = torch.tensor([[*before, *_asked(model.backbone, text, room)]], device=model.job.device)
         start = asked.shape[1]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Position ids are not supported")  # PEFT, of what transformers gives it
             ids = speaker.generate(
                 input_ids=asked,
                 attention_mask=torch.ones_like(asked),
-                max_new_tokens=NEW if room is None else min(NEW, room - start),
+                max_new_tokens=NEW if room is None else min(NEW, room + len(before) - start),
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
             )

@@ -138,8 +138,8 @@ def _costs(ledger: Ledger, engine: Local, cohort: int) -> dict[str, Any]:
 
 def _mean_loss(lines: dict[ClientId, dict[str, float]]) -> float | None:
     heard = [line for line in lines.values() if "loss" in line]
-    weight = sum(line["examples"] for line in heard)
-    return sum(line["loss"] * line["examples"] for line in heard) / weight if weight else None
+    weights = [line["examples"] or 1.0 for line in heard]  # who only looked at losses made no example passes
+    return sum(line["loss"] * weight for line, weight in zip(heard, weights, strict=True)) / sum(weights) if heard else None
 
 
 def _finish(

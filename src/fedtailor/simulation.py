@@ -144,6 +144,9 @@ def equip(experiment: Experiment, facts: Facts) -> Model:
             f"clients.kinds: algorithm {experiment.algorithm.kind} exchanges trees, which must be alike: "
             f"set algorithm.kind to one of {', '.join(OF_ALL_KINDS)}"
         )
+    for each in kits:
+        if not numel(each.technique.init) or each.technique.loss:
+            raise ConfigError(f"clients.kinds: technique '{each.technique.kind}' trains no class logits: choose another")
     sizes = experiment.clients.ranks or experiment.clients.lengths
     if sizes and kits:
         raise ConfigError("clients.kinds has techniques with ranks and lengths of their own: leave clients.ranks and lengths out")
@@ -175,8 +178,9 @@ def equip(experiment: Experiment, facts: Facts) -> Model:
     if not numel(technique.init) and experiment.algorithm.kind not in TEXTS:
         raise ConfigError(f"technique '{kind}' has nothing to train: set algorithm.kind to one of {', '.join(TEXTS)}")
     profiles = devices(experiment, facts.clients)
+    own_length = "max_length" in experiment.data.model_fields_set
     for each in (Kit(backbone, technique), *kits):
-        experiment = with_room(experiment, each.backbone, positions_taken(each.technique))
+        experiment = with_room(experiment, each.backbone, positions_taken(each.technique), own_length)
     places = {c: i for i, c in enumerate(facts.clients)}
     inits = {c: trees[sizes[i % len(sizes)]] for c, i in places.items()} if sizes else {}
     inits |= {c: kits[i % len(kits)].technique.init for c, i in places.items()} if kits else {}
@@ -199,7 +203,10 @@ def build(experiment: Experiment) -> World:
     from fedtailor.data.sources import load as load_source
 
     seed = experiment.seed
-    for name, value in experiment.technique.options.items():
+    options = [
+        item for t in (experiment.technique, *(k.technique for k in experiment.clients.kinds)) if t for item in t.options.items()
+    ]
+    for name, value in options:
         if name.endswith("dropout") and value and not experiment.train.dropout:
             raise ConfigError(
                 f"technique.{name} = {value} does nothing unless the model is trained with dropout: set train.dropout = true"
@@ -258,7 +265,9 @@ def _counted(model: Model, kit: Kit, ragged: bool) -> tuple[Flops, Flops]:
     with torch.no_grad():
         forward(tree, batch_of(8))  # what a technique keeps after its first call (embedded class texts) is not counted
     looks = count_flops(forward, None, tree, batch_of, ragged)
-    return count_flops(forward, job.loss, tree, batch_of, ragged) if numel(technique.init) else looks, looks
+    flops = count_flops(forward, job.loss, tree, batch_of, ragged) if numel(technique.init) else looks
+    each = technique.passes([technique.init])  # that a row was read more than once is said by the one who asks
+    return flops, lambda rows, width: looks(rows, width) / each
 
 
 def choose(registry: Mapping[str, Any], section: str, kind: str) -> Any:
@@ -326,8 +335,8 @@ def _raised(error: BaseException) -> str:
     return line if line == name else f"{name}: {line}"
 
 
-def with_room(experiment: Experiment, backbone: Backbone, taken: int) -> Experiment:
-    """The experiment with a max_length that fits beside `taken` tokens of prompt: where the user set none, it is lowered.
+def with_room(experiment: Experiment, backbone: Backbone, taken: int, own: bool) -> Experiment:
+    """The experiment with a max_length that fits beside `taken` tokens of prompt: unless it is the user's own, it is lowered.
 
     Raises:
         ConfigError: the model has fewer positions.
@@ -338,7 +347,7 @@ def with_room(experiment: Experiment, backbone: Backbone, taken: int) -> Experim
     has = f"the model has {limit} positions" + (f", the prompt takes {taken}" if taken else "")
     if limit - taken < TEXT:
         raise ConfigError(f"technique: {has}: make the prompt {limit - TEXT} tokens long or shorter")
-    if "max_length" in experiment.data.model_fields_set:
+    if own:
         raise ConfigError(f"data.max_length = {asked}: {has}: set data.max_length to {limit - taken} or less")
     return experiment.model_copy(update={"data": experiment.data.model_copy(update={"max_length": limit - taken})})
 

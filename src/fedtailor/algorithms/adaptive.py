@@ -40,9 +40,11 @@ def adaptive_prefix(
     def init(params: Tree) -> State:
         if PROMPT not in params:
             raise ConfigError("algorithm adaptive-prefix chooses lengths: set technique.kind to 'prefix' or 'prompt'")
-        if len(params[PROMPT]) < sizes[-1]:
-            raise ConfigError(f"technique.length = {len(params[PROMPT])} is less than algorithm.lengths: set it to {sizes[-1]}")
-        return {"params": first_rows(params, sizes[-1]), "lengths": {}}
+        if len(params[PROMPT]) != sizes[-1]:
+            raise ConfigError(
+                f"technique.length = {len(params[PROMPT])}: set it to {sizes[-1]}, the longest of algorithm.lengths"
+            )
+        return {"params": params, "lengths": {}}
 
     def choose(own: Tree | None, msg: Message, site: Site) -> Flow:
         """A pilot at each length that the device can send, then a round at the one that is kept."""

@@ -79,6 +79,10 @@ def prompt_search(
         raise ConfigError(
             f"algorithm.keep = {keep} leaves no room for new ones: set it below algorithm.candidates = {candidates}"
         )
+    if candidates < 2:
+        raise ConfigError("algorithm.candidates = 1 leaves nothing to choose from: set it to 2 or more")
+    if not all(alternatives(text) for texts in descriptions for text in texts):
+        raise ConfigError("algorithm.descriptions: a text is empty: write what a class's texts are about, or leave it out")
     for text in templates:
         if text.count(SLOT) != 1:
             raise ConfigError(f"algorithm.templates: '{text}' needs the slot {SLOT} exactly once")
@@ -109,6 +113,11 @@ def prompt_search(
         dealt = dict.fromkeys(cohort, tuple(pool)) if rule == "evolve" else deal(pool, cohort, each)
         left, asked = budget - int(state["queries"]), sum(map(len, dealt.values()))
         share = min(rows, left // asked) if asked and len(pool) > 1 else 0  # the last of the budget is spent on fewer rows
+        if left < asked and not state["queries"]:
+            raise ConfigError(
+                f"algorithm.budget = {budget} does not pay for one row of each of the {asked} candidates that the cohort scores in a "
+                "round: raise it, or lower algorithm.candidates or clients.per_round"
+            )
         if not share:
             return state
         letters = {  # equal letters are one
@@ -116,9 +125,11 @@ def prompt_search(
             for names in set(dealt.values())
         }
         replies = yield {client: letters[names] for client, names in dealt.items()}
+        # Who does not reply in time may have done the work all the same.
+        unheard = sum(share * len(names) for client, names in dealt.items() if client not in replies)
+        spent, turn = unheard + sum(int(reply.info["queries"]) for reply in replies.values()), int(state["turn"]) + 1
         if not replies:
-            return state
-        spent, turn = sum(int(reply.info["queries"]) for reply in replies.values()), int(state["turn"]) + 1
+            return {**state, "queries": int(state["queries"]) + spent}
         told = learned(pool, [replies[c].body for c in sorted(replies)], by)
         ranked = sorted(told, key=lambda name: (-standing(told[name]), int(name)))
         best = told[ranked[0]]["prompt"]
@@ -132,7 +143,10 @@ def prompt_search(
             )
             grown = entries(fresh, 1 + max(map(int, pool)))
         else:
-            ranked, grown = (ranked[: -(-len(ranked) // 2)] if all(e["rows"] for e in told.values()) else ranked), {}
+            grown = {}
+            if all(entry["fresh"] for name, entry in told.items() if name != leader_of(pool)):  # scored since the last cut
+                ranked = ranked[: -(-len(ranked) // 2)]
+                told = {name: {**entry, "fresh": 0.0} for name, entry in told.items()}
         kept = {name: told[name] for name in sorted(ranked, key=int)}
         return {**state, "pool": {**kept, **grown}, "best": best, "queries": int(state["queries"]) + spent, "turn": turn}
 
@@ -161,7 +175,7 @@ def unflattened(outputs: Tree, name: str) -> Tree:
 
 def entries(prompts: Iterable[Tree], first: int = 0) -> Tree:
     """A pool: candidates by number, with what is known of them."""
-    return {str(first + i): {"prompt": prompt, "gain": 0.0, "rows": 0.0} for i, prompt in enumerate(prompts)}
+    return {str(first + i): {"prompt": prompt, "gain": 0.0, "rows": 0.0, "fresh": 0.0} for i, prompt in enumerate(prompts)}
 
 
 def standing(entry: Mapping[str, Any]) -> float:
@@ -176,7 +190,10 @@ def leader_of(pool: Mapping[str, Any]) -> str:
 def deal(pool: Mapping[str, Any], cohort: Sequence[ClientId], each: int) -> dict[ClientId, tuple[str, ...]]:
     """The leader and `each` others to each client, in turn, from those on who have been scored least."""
     leader = leader_of(pool)
-    waiting = sorted((name for name in pool if name != leader), key=lambda name: (float(pool[name]["rows"]), int(name)))
+    waiting = sorted(
+        (name for name in pool if name != leader),
+        key=lambda name: (float(pool[name]["fresh"]), float(pool[name]["rows"]), int(name)),
+    )
     each = min(each, len(waiting))
     return {
         client: (leader, *(waiting[(i * each + j) % len(waiting)] for j in range(each)))
@@ -194,7 +211,12 @@ def learned(pool: Mapping[str, Any], replies: Sequence[Tree], by: str) -> dict[s
         pairs = [(value(reply[name], by), value(reply[leader], by)) for reply in replies if name in reply and leader in reply]
         seen = sum(weight for (_, weight), _ in pairs)
         gained = sum(mine - its for (mine, _), (its, _) in pairs) + base * seen
-        told[name] = {**entry, "gain": float(entry["gain"]) + gained, "rows": float(entry["rows"]) + seen}
+        told[name] = {
+            "prompt": entry["prompt"],
+            "gain": float(entry["gain"]) + gained,
+            "rows": float(entry["rows"]) + seen,
+            "fresh": float(entry["fresh"]) + seen,
+        }
     return told
 
 

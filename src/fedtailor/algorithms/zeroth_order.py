@@ -65,7 +65,11 @@ def zeroth_order(
             moves.append(-rate * (ends[0] - ends[1]) / (2 * eps))
             losses.append(sum(ends) / 2)
             params = moved(params, k, moves[-1], job.seed)
-        seen = {"n": float(len(data)), "loss": sum(losses) / max(len(losses), 1), "queries": 2.0 * job.plan.batch * len(moves)}
+        seen = {
+            "n": float(len(data)),
+            "loss": sum(losses) / max(len(losses), 1),
+            "queries": 2.0 * min(job.plan.batch, len(data)) * len(moves),
+        }
         return own, Message("moved", {"seed": chosen.to(torch.int32), "move": torch.tensor(moves, dtype=torch.float32)}, seen)
 
     def merge(state: State, replies: dict[str, Message]) -> State:

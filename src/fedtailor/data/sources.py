@@ -110,9 +110,10 @@ def _public(config: DataSection, kind: str, train: Rows, seed: int) -> tuple[Row
             raise ConfigError(
                 "data.public: pairs of texts need a share of the training rows (0.1, for example), not another data set"
             )
-        other = config.model_copy(update={"name": config.public, "text": None, "label": None, "subset": None, "test": None})
+        other = config.model_copy(update={"name": config.public, "label": None, "subset": None, "test": None})
         splits, _ = _read(other)
         columns = splits.get("train") or next(iter(splits.values()))
+        other = other.model_copy(update={"text": config.text if config.text in columns else None})
         # As language data: one column of texts, and no label is looked for.
         rows = Rows(_normalised(other, "language", columns, "public") if kind == "text" else _images(other, columns))
     rows = _limited(rows, config.public_limit, seed, "public")
@@ -295,7 +296,7 @@ def _held_out(rows: Rows, fraction: float, seed: int, where: str) -> tuple[Rows,
         raise ConfigError(f"data.test = {fraction}: as a number it is the fraction to hold out, between 0 and 1")
     count = round(fraction * len(rows))
     if count < 1 or count >= len(rows):
-        raise DataError(f"data '{where}': {len(rows)} rows are too few to hold out {fraction:.0%} for testing")
+        raise DataError(f"data '{where}': {len(rows)} rows are too few to hold out {fraction:.2%} of them")
     order = np.random.default_rng(seed_of(seed, "held out")).permutation(len(rows))
     if "label" in rows.column_names:
         order = order[np.argsort([str(rows["label"][k]) for k in order], kind="stable")]

@@ -48,6 +48,11 @@ class Reply(NamedTuple):
     message: Message
 
 
+def _name(client: ClientId, message: Message) -> tuple[Any, ...]:
+    """Equal for letters that are carried as one."""
+    return client == SERVER, message.verb, id(message.body), tuple(message.info.items())
+
+
 class Local:
     """Holds conversations. What it carries from round to round (clock, replies under way) is `dump`ed into checkpoints."""
 
@@ -133,9 +138,9 @@ class Local:
             if message.verb not in self.algorithm.client:
                 raise RunError(f"letter with verb '{message.verb}', which no client handler answers")
             # One broadcast is encoded and decoded once; what everybody received stays one object (and is stacked as one).
-            key = (message.verb, id(message.body), tuple(message.info.items()))
+            key = _name(client, message)
             if key not in opened:
-                opened[key] = self._carry(message, free)
+                opened[key] = self._carry(message, free or client == SERVER)  # what stays beside the server crosses no wire
             size, _ = opened[key]
             site = sites(client, round)
             charged = not free and client != SERVER
@@ -172,7 +177,7 @@ class Local:
         flows, stored, arrived = {}, {}, {}
         for client in clients:
             message = letters[client]
-            arrived[client] = opened[(message.verb, id(message.body), tuple(message.info.items()))]
+            arrived[client] = opened[_name(client, message)]
             stored[client] = self.states.read_own(client)
             own = stored[client].get("algorithm")
             flows[client] = self.algorithm.client[message.verb](own, arrived[client][1], sites(client, round))

@@ -30,6 +30,7 @@ class Technique(NamedTuple):
     merge: Callable[[Tree, Path], None]  # write a plain transformers folder
     scaling: float = 1.0  # LoRA's alpha / r, the same at every rank
     passes: Callable[[Sequence[Tree]], int] = len  # forward passes of a batch that is judged with each of these trees in turn
+    takes: int = 0  # positions of the model that it takes from the texts, beside a prompt's or prefix's
     loss: Loss | None = None  # what it is trained with where its outputs are no logits
     metric: Callable[[Metric], Metric] | None = None  # and how they are judged
 

@@ -251,6 +251,8 @@ def positions_taken(technique: Technique) -> int:
 
     A prompt is a part of the text, and a cache counts as text already read; what our own attention carries takes none.
     """
+    if technique.takes:
+        return technique.takes
     if technique.kind == "prefix" and not _takes_cache(technique.backbone.model):
         return 0
     return technique.init[PROMPT].shape[0] if PROMPT in technique.init else 0

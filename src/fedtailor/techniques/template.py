@@ -63,7 +63,7 @@ def template(
         raise ConfigError("clients.ranks and clients.lengths: a template has neither")
 
     def bind(dropout: bool = False) -> Forward:
-        return _forward(fork(backbone.model).train(dropout), backbone, words, scale)
+        return _forward(fork(backbone.model).train(dropout), backbone, words, scale, room)
 
     def passes(trees: Sequence[Tree]) -> int:
         """A sentence encoder reads a text once for a template; a causal model also once for each class text of several tokens."""
@@ -76,7 +76,9 @@ def template(
             sum(map(len, answers)) for (_, _, answers), several in zip(told, long, strict=True) if several
         )
 
-    return Technique("template", backbone, init, resized, bind, save, merge, passes=passes)
+    room = len(words.pieces(init).before) + ROOM  # tokens before a text of language data: a search may add some
+    takes = room if backbone.kind != "text" else 0
+    return Technique("template", backbone, init, resized, bind, save, merge, passes=passes, takes=takes)
 
 
 def readable(label: str) -> str:
@@ -128,6 +130,8 @@ class Words:
         self.closing = len(full) - self.opening - len(plain)
         self.ends = (full[: self.opening], full[len(full) - self.closing :])
         self.pad = processor.pad_token_id or 0
+        tokens = [processor(text, add_special_tokens=False)["input_ids"] for text in ("a b", "a", "b")]
+        self.spaced = tokens[0] != tokens[1] + tokens[2]  # the space between words is a part of a token
         self.tokens: Callable[[str], list[int]] = functools.lru_cache(CACHED)(
             lambda text: list(processor(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
         )
@@ -135,7 +139,8 @@ class Words:
     def pieces(self, tree: Mapping[str, Any]) -> Pieces:
         """What stands before and after the text. Examples, for causal models, stand before everything else."""
         before, after = tree["template"].split(SLOT)
-        return Pieces(self.tokens(before.strip()), self.tokens(after.rstrip()))
+        # The text is tokenized already, without the space before it: where spaces count, the template keeps its own.
+        return Pieces(self.tokens(before if self.spaced else before.strip()), self.tokens(after.rstrip()))
 
     def solved(self, tree: Mapping[str, Any]) -> list[int]:
         """The examples, filled in and solved, for a model that reads on."""
@@ -162,7 +167,7 @@ class Words:
         return len(before) + len(after) + len(self.solved(tree)) + longest + self.opening + self.closing
 
 
-def _forward(own: nn.Module, backbone: Backbone, words: Words, scale: float) -> Forward:
+def _forward(own: nn.Module, backbone: Backbone, words: Words, scale: float, room: int) -> Forward:
     limit = positions(backbone)
     device = next(own.parameters()).device
 
@@ -175,6 +180,9 @@ def _forward(own: nn.Module, backbone: Backbone, words: Words, scale: float) -> 
         a, b, c = words.opening, len(before), words.closing
         bodies = (lengths - a - c).clamp_min(0)
         if limit is not None:
+            # A search may grow a prompt beyond the model: its beginning, the first examples, goes first.
+            before = before[max(0, a + len(before) + len(after) + c + more + ROOM - limit) :]
+            b = len(before)
             bodies = bodies.clamp_max(max(limit - a - b - len(after) - c - more, 1))
         head = torch.tensor([*words.ends[0], *before], device=ids.device).expand(len(ids), -1)
         tail = torch.tensor([*after, *words.ends[1]], device=ids.device).expand(len(ids), -1)
@@ -251,6 +259,7 @@ def _forward(own: nn.Module, backbone: Backbone, words: Words, scale: float) -> 
 
     def read_on(params: Tree, batch: Batch) -> Tensor:
         before, _ = words.pieces(params)
+        before = before[-room:]
         ids = torch.cat([torch.tensor(before, device=device).expand(len(batch["input_ids"]), -1), batch["input_ids"]], 1)
         seen = torch.cat([batch["attention_mask"].new_ones(len(ids), len(before)), batch["attention_mask"]], 1)
         logits: Tensor = own(input_ids=ids.long(), attention_mask=seen).logits
