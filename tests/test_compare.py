@@ -135,3 +135,23 @@ def test_what_cannot_be_chosen_is_said_before_the_first_run(
 ) -> None:
     with pytest.raises(ConfigError, match=line):
         list(cases(experiment(section, **more)))
+
+
+def test_a_baseline_takes_nothing_from_another() -> None:
+    """In whatever order they are named: zero-shot knows no technique and no rate, pooled keeps both."""
+    found = {}
+    for baselines in (["zero-shot", "pooled"], ["pooled", "zero-shot"]):
+        compare = {"vary": {"technique.kind": ["head", "lora"]}, "baselines": baselines, "choose": {"train.lr": [0.1, 0.2]}}
+        values = {"compare": compare, "clients": {"kinds": [{"technique": {"kind": "ia3"}}]}, "algorithm": {"kind": "local"}}
+        found[baselines[0]] = {case.name: case for case in cases(Experiment.model_validate(values))}
+    assert set(found["pooled"]) == set(found["zero-shot"])
+    assert set(found["pooled"]) == {
+        "technique.kind=head", "technique.kind=lora", "pooled, technique.kind=head", "pooled, technique.kind=lora", "zero-shot",
+    }  # fmt: skip
+    for table in found.values():
+        assert len(table["pooled, technique.kind=lora"].choices) == 2
+        assert table["zero-shot"].choices == [{}]
+        zero = table["zero-shot"].experiment({})
+        assert (zero.technique.kind, zero.algorithm.kind, zero.rounds) == ("template", "zero-shot", 1)
+        assert zero.clients.kinds == table["pooled, technique.kind=head"].experiment({}).clients.kinds == []
+        assert len(table["technique.kind=head"].experiment({}).clients.kinds) == 1

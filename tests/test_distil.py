@@ -259,3 +259,46 @@ def test_kinds_train_alone_too_and_trees_must_be_alike(kinds: Callable[..., None
     code, _, err = typed("run e.toml --out new")
     assert code == 3
     assert "gone.csv" in err
+
+
+def test_what_stays_at_the_server_is_not_rounded(kinds: Callable[..., None], typed: Callable[..., Printed]) -> None:
+    """In the first round clients are sent row numbers only: a filter on letters down changes nothing."""
+    kinds()
+    hashes = []
+    for extra in ("", "--set 'filters.down=[\"int8-plain\"]'"):
+        out = f"run-{len(hashes)}"
+        code, _, err = typed(f"run e.toml --out {out} --set rounds=1 --set clients.kinds=[] --set technique.kind=full {extra}")
+        assert code == 0, err
+        hashes.append(json.loads(Path(out, "summary.json").read_text(encoding="utf-8"))["state_hash"])
+    assert hashes[0] == hashes[1]
+
+
+def test_kinds_and_public_data_are_found_from_anywhere(
+    kinds: Callable[..., None], typed: Callable[..., Printed], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds()
+    text = (tmp_path / "e.toml").read_text(encoding="utf-8")
+    import re
+    import shutil
+
+    model = re.search(r'kind = "lora".*?name = "([^"]+)"', text, re.S)
+    assert model
+    shutil.copytree(model.group(1), tmp_path / "other-encoder")
+    (tmp_path / "e.toml").write_text(text.replace(model.group(1), "other-encoder"), encoding="utf-8")
+    assert typed("run e.toml --out done")[0] == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert typed("evaluate ../done")[0] == 0
+    assert typed("predict ../done --client client-1", "good fox")[0] == 0
+
+
+@pytest.mark.parametrize("technique", ['{ kind = "template" }', '{ kind = "retriever", rank = 2 }'])
+def test_kinds_that_train_no_logits(
+    technique: str, kinds: Callable[..., None], typed: Callable[..., Printed], tmp_path: Path
+) -> None:
+    kinds()
+    text = (tmp_path / "e.toml").read_text(encoding="utf-8")
+    (tmp_path / "e.toml").write_text(text.replace('{ kind = "lora", rank = 2 }', technique), encoding="utf-8")
+    code, _, err = typed("run e.toml --out new")
+    assert code == 2
+    assert "trains no class logits" in err

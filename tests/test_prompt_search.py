@@ -23,7 +23,7 @@ from fedtailor.data.sources import Rows
 from fedtailor.errors import ConfigError
 from fedtailor.metrics import metric
 from fedtailor.techniques import TECHNIQUES, Technique
-from fedtailor.techniques.template import readable, template
+from fedtailor.techniques.template import Words, readable, template
 from tiny import LABELS
 
 TEXTS = ["the quick brown fox", "lazy dog", "fox jumps over the lazy dog w1 w2", "w3"]
@@ -363,3 +363,88 @@ def test_the_engine_charges_forward_passes(federation: Callable[..., Outcome], t
     outcome = federation("prompt-search", technique="template", options=options_of(), rounds=1)
     pool = itertools.chain.from_iterable(seen.letter.body.values() for seen in outcome.log[:1])
     assert technique.passes(list(pool)) >= 1
+
+
+def bpe() -> Any:
+    """A byte-level tokenizer, to which a space before a word is a part of it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator(["This text says: hello", "good fox", "bad dog"] * 5, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="!")
+
+
+def test_the_space_before_the_text_is_kept_where_spaces_count() -> None:
+    words = Words(bpe())
+    before, after = words.pieces({"template": "This text says: {text} It was"})
+    text = words.tokens("hello")
+    assert bpe().decode([*before, *text, *after]) == "This text says: hello It was"
+    solved = {"template": "This text says: {text} It was", "labels": ["good"], "shown": ["fox"], "shown_labels": [0]}
+    assert bpe().decode([*words.solved(solved), *before, *text]) == "This text says: fox It was good\n\nThis text says: hello"
+
+
+def test_operations_of_several_tokens_are_not_counted_twice(folders: Callable[[str], Path]) -> None:
+    """What a row is charged is what the real forwards do, whatever the classes' texts."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from fedtailor.simulation import Kit, _counted
+
+    backbone = load(ModelSection(name=str(folders("gpt2"))), "text", LABELS, reads_words=True)
+    technique = template(backbone, labels=["w1 w2", "w3; w4 w5", "fox"])
+    model = type("M", (), {"job": Job(len, len, len)})()  # type: ignore[arg-type]
+    _, looks = _counted(model, Kit(backbone, technique), True)
+    rows = encode(Rows({"text": ["fox dog fox dog"], "label": [0]}), "text", backbone.processor, 64)
+    batch = Subset(rows, range(1)).batch(range(1), 6, 1)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        technique.bind(False)(technique.init, batch)
+    assert looks(1, 6) * technique.passes([technique.init]) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_prompts_never_grow_beyond_the_model(folders: Callable[[str], Path], backbones: Callable[[str], Backbone]) -> None:
+    causal = template(load(ModelSection(name=str(folders("gpt2"))), "text", LABELS, reads_words=True))
+    grown = {
+        **causal.init,
+        "template": "w1 w2 w3 w4 {text}",
+        "shown": ["the lazy dog jumps over the fox"] * 8,
+        "shown_labels": [0] * 8,
+    }
+    rows = encode(Rows({"text": TEXTS, "label": [0] * 4}), "text", causal.backbone.processor, 64)
+    batch = Subset(rows, range(4)).batch(range(4), int(max(Subset(rows, range(4)).lengths)), 4)
+    with torch.no_grad():
+        assert torch.isfinite(causal.bind(False)(grown, batch)).all()
+    language = template(backbones("gpt2"), template="the quick {text}")
+    assert language.takes == 2 + 16
+    long = {"input_ids": torch.full((1, 64 - language.takes), 9), "attention_mask": torch.ones(1, 64 - language.takes)}
+    with torch.no_grad():
+        found = language.bind(False)({**language.init, "template": "w1 " * 40 + "{text}"}, long)
+    assert found.shape[1] == 64
+
+
+def test_predict_goes_on_after_the_words_that_were_found(
+    folders: Callable[[str], Path], tmp_path: Path, typed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d.csv").write_text("text\n" + "\n".join(f"the fox w{k % 29}" for k in range(40)), encoding="utf-8")
+    keys = f"model.name={folders('llama')}", "data.name=d.csv", "data.kind=language", "clients.count=3", "rounds=2"
+    keys += (
+        "technique.kind=template",
+        "algorithm.kind=prompt-search",
+        "algorithm.candidates=3",
+        "algorithm.keep=1",
+        "data.max_length=16",
+    )
+    (tmp_path / "e.toml").write_text("", encoding="utf-8")
+    code, _, err = typed("run e.toml --out done " + " ".join(f"--set {key}" for key in keys))
+    assert code == 0, err
+    summary = json.loads((tmp_path / "done" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["prompt"]["template"].endswith("{text}")
+    assert json.loads((tmp_path / "done" / "rounds.jsonl").read_text(encoding="utf-8").splitlines()[0])["replies"] == 3
+    code, out, err = typed("predict done", "the fox")
+    assert code == 0, err
+    assert out.strip()
+    assert "The prompt" in (tmp_path / "done" / "report.html").read_text(encoding="utf-8")
