@@ -132,7 +132,11 @@ def _cards(run: Run) -> str:
         ("Bytes down", _bytes(run.value("bytes_down_per_client_round")), "a client and round"),
         ("Bytes in all", _bytes(run.value("bytes_total")), "both ways"),
         ("Trained", _count(run.value("trainable_parameters")), "parameters"),
-        ("FLOPs", _si(run.value("flops_per_example")), "an example, forward and backward"),
+        (
+            "FLOPs",
+            _si(run.value("flops_per_example")),
+            f"an example, forward{'' if run.value('trainable_parameters') == 0 else ' and backward'}",
+        ),
         ("Peak memory", _bytes(run.value("peak_memory_bytes")), "of the process"),
         ("Time", _time(run.value("seconds")), f"{_time(clock)} simulated" if clock else "of the rounds"),
     ]
@@ -160,7 +164,7 @@ def _comparison(runs: Sequence[Run]) -> str:
         cells = [run.kind("algorithm"), run.kind("technique"), *scores, *sizes, *rest]
         cut = "" if run.finished else f" (unfinished, round {run.rounds[-1]['round'] if run.rounds else 0})"
         rows.append((f"{_swatch(i)} {escape(run.label + cut)}", [escape(cell) for cell in cells]))
-    note = '<p class="soft">Up and down are bytes a client and round; FLOPs are of one example, forward and backward.</p>'
+    note = '<p class="soft">Up and down are bytes a client and round; FLOPs are of one example, forward and (where something is trained) backward.</p>'
     return _table(head, rows, "The runs compared", text=2) + note
 
 
