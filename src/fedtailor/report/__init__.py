@@ -164,7 +164,7 @@ def _comparison(runs: Sequence[Run]) -> str:
         cells = [run.kind("algorithm"), run.kind("technique"), *scores, *sizes, *rest]
         cut = "" if run.finished else f" (unfinished, round {run.rounds[-1]['round'] if run.rounds else 0})"
         rows.append((f"{_swatch(i)} {escape(run.label + cut)}", [escape(cell) for cell in cells]))
-    note = '<p class="soft">Up and down are bytes a client and round; FLOPs are of one example, forward and (where something is trained) backward.</p>'
+    note = '<p class="soft">Up and down are bytes a client and round; FLOPs are of one example, forward and, in training, backward.</p>'
     return _table(head, rows, "The runs compared", text=2) + note
 
 
