@@ -30,7 +30,7 @@ FULL: dict[str, Any] = {
         "pair": ["a", "b"],
         "label": "y",
         "test": "dev.tsv",
-        "public": "others.csv",
+        "public": "/somewhere/others.csv",
         "public_limit": 40,
         "limit": 100,
         "test_limit": 50,

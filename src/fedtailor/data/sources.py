@@ -104,7 +104,7 @@ def _public(config: DataSection, kind: str, train: Rows, seed: int) -> tuple[Row
     if isinstance(config.public, float):
         if not 0 < config.public < 1:
             raise ConfigError(f"data.public = {config.public}: as a number it is the share that nobody holds, between 0 and 1")
-        train, rows = _held_out(train, config.public, seed, config.name)
+        train, rows = _held_out(train, config.public, seed, config.name, "as public")
     else:
         if "pair" in train.column_names:
             raise ConfigError(
@@ -290,13 +290,14 @@ def _indexed(columns: Columns, labels: list[str], where: str) -> Columns:
     return {**columns, "label": [number[_class(v)] for v in columns["label"]]}
 
 
-def _held_out(rows: Rows, fraction: float, seed: int, where: str) -> tuple[Rows, Rows]:
+def _held_out(rows: Rows, fraction: float, seed: int, where: str, use: str = "for testing") -> tuple[Rows, Rows]:
     """(the rest, a fraction of every class): shuffled, sorted by class, and then every so many rows one."""
     if not 0 < fraction < 1:
         raise ConfigError(f"data.test = {fraction}: as a number it is the fraction to hold out, between 0 and 1")
     count = round(fraction * len(rows))
+    share = f"{fraction:.0%}" if fraction >= 0.01 else f"{fraction:.2%}"
     if count < 1 or count >= len(rows):
-        raise DataError(f"data '{where}': {len(rows)} rows are too few to hold out {fraction:.2%} of them")
+        raise DataError(f"data '{where}': {len(rows)} rows are too few to hold out {share} {use}")
     order = np.random.default_rng(seed_of(seed, "held out")).permutation(len(rows))
     if "label" in rows.column_names:
         order = order[np.argsort([str(rows["label"][k]) for k in order], kind="stable")]
