@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from federations import Outcome, by_hand, world_of
-from fedtailor.algorithms.prompt_search import Edits, deal, entries, leader_of, learned, prompt_search
+from fedtailor.algorithms.prompt_edits import Edits
+from fedtailor.algorithms.prompt_search import deal, entries, leader_of, learned, prompt_search
 from fedtailor.backbone import Backbone, load, similar_words
 from fedtailor.config import ModelSection
 from fedtailor.core import Job, Message, Tree

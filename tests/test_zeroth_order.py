@@ -91,9 +91,3 @@ def test_it_learns_with_a_few_numbers_on_the_wire(federation: Callable[..., Outc
 def test_what_must_be_positive(name: str, world: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match=f"algorithm.{name} must be above 0"):
         world("zeroth-order", options={name: 0})
-
-
-def test_words_have_no_directions(world: Callable[..., Any]) -> None:
-    here = world("zeroth-order", technique="template")
-    with pytest.raises(ConfigError, match="moves tensors"):
-        here.algorithm.init(here.technique.init)

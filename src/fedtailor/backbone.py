@@ -27,6 +27,7 @@ def _minilm() -> str:
 
 
 EMBEDDED: Mapping[str, Callable[[], str]] = {"minilm": _minilm}
+CAUSAL = ("ForCausalLM", "LMHeadModel")  # how classes of language models end
 WEIGHTS = ("*.safetensors", "*.bin")
 
 
@@ -103,7 +104,7 @@ def _is_causal(source: str, config: ModelSection) -> bool:
 
     with contextlib.suppress(Exception), quiet():
         known = AutoConfig.from_pretrained(source, revision=config.revision or "main").architectures or []
-        return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in known)
+        return any(name.endswith(CAUSAL) for name in known)
     return False
 
 

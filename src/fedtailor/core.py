@@ -181,6 +181,8 @@ class Algorithm(NamedTuple):
     answer: Callable[[State, list[ClientId]], Talk]  # evaluation is a conversation too; returns replies by client
     model: Callable[[State], Tree]  # the tree that a newcomer gets, and that is exported
     personal: Callable[[Tree | None, Tree, Site], Tree] | None = None  # (own, broadcast, site) -> a client's own tree
+    trains: bool = True  # it moves tensors, so the technique must have some
+    of_all_kinds: bool = False  # no tree crosses: clients may differ in technique and backbone
 
 
 class Job(NamedTuple):
@@ -229,17 +231,21 @@ def answer_with(
     job: Job,
     broadcast: Callable[[State], Tree],
     personal: Callable[[Tree | None, Tree, Site], Tree] | None = None,
+    student: Callable[[State], Tree] | None = None,
 ) -> tuple[Callable[[State, list[ClientId]], Talk], Handler]:
     """Evaluation in one exchange: (the server's conversation, the client's handler for the verb "answer").
 
     Without `personal` the server's own tree is judged, once on its test set and once on each client's test split.
-    With it each client judges its personal tree on its own split and on its sample of the global test set.
+    With it each client judges its personal tree on its own split and on its sample of the global test set; a `student` that the
+    server has beside them is judged there, and sent to nobody.
     """
 
     def answer(state: State, cohort: list[ClientId]) -> Talk:
         letter = Message("answer", broadcast(state))
-        everyone = cohort if personal else [*cohort, SERVER]
-        return (yield dict.fromkeys(everyone, letter))
+        letters = dict.fromkeys(cohort if personal else [*cohort, SERVER], letter)
+        if student:
+            letters[SERVER] = Message("answer", student(state))
+        return (yield letters)
 
     def handler(own: Tree | None, msg: Message, site: Site) -> Flow:
         params = personal(own, msg.body, site) if personal and site.id != SERVER else msg.body

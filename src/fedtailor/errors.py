@@ -38,3 +38,14 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     known = sorted(str(c) for c in choices)
     close = get_close_matches(word, known, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else f"choose one of: {', '.join(known)}"
+
+
+def one_of(key: str, value: str, known: Iterable[str]) -> str:
+    """The value, if it is one of these.
+
+    Raises:
+        ConfigError: it is not; names the nearest.
+    """
+    if value not in (choices := list(known)):
+        raise ConfigError(f"{key} cannot be '{value}': {nearest(value, choices)}")
+    return value

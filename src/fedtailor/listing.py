@@ -31,7 +31,7 @@ def _techniques() -> list[dict[str, Any]]:
 
 def _algorithms() -> list[dict[str, Any]]:
     from fedtailor.algorithms import ALGORITHMS
-    from fedtailor.simulation import CODE
+    from fedtailor.options import CODE
 
     return _described(ALGORITHMS, ("job", *CODE))
 

@@ -100,7 +100,8 @@ def _run(world: World, out: Path, watch: Watch) -> dict[str, Any]:
             states.commit(number, state, engine.dump(), {**ledger.dump(), "elapsed": elapsed})
             log(line, number)
             watch.round(line)
-        if experiment.algorithm.kind != "zero-shot" and SERVER not in ledger.clients and not ledger.total("replies"):
+        asks = algorithm.client.keys() - {"answer"}  # zero-shot asks for nothing
+        if asks and SERVER not in ledger.clients and not ledger.total("replies"):
             raise RunError(
                 f"no client was heard in {experiment.rounds} rounds: every reply was not finite or lost; "
                 "lower train.lr, set train.clip, or lower the dropout of clients.devices"

@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from fedtailor.algorithms import ALGORITHMS
 from fedtailor.backbone import Backbone, positions, sample_inputs, similar_words
 from fedtailor.backbone import load as load_backbone
 from fedtailor.config import DeviceSection, Experiment, ModelSection, TechniqueSection
 from fedtailor.core import SERVER, Algorithm, ClientId, Device, Job, Site, seed_of, stream
 from fedtailor.data.examples import Store, Subset
 from fedtailor.engines.training import Flops, no_flops
-from fedtailor.errors import ConfigError, DataError, FedtailorError, first_line, nearest
+from fedtailor.errors import ConfigError, DataError, first_line
 from fedtailor.ledger import count_flops
 from fedtailor.losses import classification, language
 from fedtailor.metrics import Metric, metric
+from fedtailor.options import algorithm_named, checked, choose
 from fedtailor.techniques import TECHNIQUES, Technique
 from fedtailor.techniques.peft import positions_taken
 from fedtailor.trees import numel, tree_map
 
-CODE = ("loss", "server_opt")  # parameters of an algorithm that are functions: set in code, never in a file
 TEXT = 24  # positions that must be left to a text: steps of up to so many tokens are counted before a run (ledger.py)
-TEXTS = ("prompt-search", "zero-shot", "rag")  # algorithms that need train no tensor
-OF_ALL_KINDS = ("distil", "local")  # algorithms whose clients may differ in technique and backbone
 BASELINES = ("pooled",)  # algorithms that train where the data is pooled: nothing crosses a wire
 
 
@@ -139,11 +133,6 @@ def equip(experiment: Experiment, facts: Facts) -> Model:
 
     backbone, technique, *_ = kit(experiment.model, experiment.technique)
     kits = tuple(kit(k.model or experiment.model, k.technique or experiment.technique) for k in experiment.clients.kinds)
-    if kits and experiment.algorithm.kind not in OF_ALL_KINDS:
-        raise ConfigError(
-            f"clients.kinds: algorithm {experiment.algorithm.kind} exchanges trees, which must be alike: "
-            f"set algorithm.kind to one of {', '.join(OF_ALL_KINDS)}"
-        )
     for each in kits:
         if not numel(each.technique.init) or each.technique.loss:
             raise ConfigError(f"clients.kinds: technique '{each.technique.kind}' trains no class logits: choose another")
@@ -175,8 +164,16 @@ def equip(experiment: Experiment, facts: Facts) -> Model:
     factory = algorithm_named(experiment.algorithm.kind)
     options = checked(factory, "algorithm", experiment.algorithm.options, "job")
     algorithm = factory(job, **options)
-    if not numel(technique.init) and experiment.algorithm.kind not in TEXTS:
-        raise ConfigError(f"technique '{kind}' has nothing to train: set algorithm.kind to one of {', '.join(TEXTS)}")
+    if algorithm.trains and not numel(technique.init):
+        raise ConfigError(
+            f"technique '{kind}' has nothing to train: algorithm {experiment.algorithm.kind} needs another one, "
+            "or set algorithm.kind to prompt-search (template), rag (retriever) or zero-shot"
+        )
+    if kits and not algorithm.of_all_kinds:
+        raise ConfigError(
+            f"clients.kinds: algorithm {experiment.algorithm.kind} exchanges trees, which must be alike: "
+            "set algorithm.kind to distil or local"
+        )
     profiles = devices(experiment, facts.clients)
     own_length = "max_length" in experiment.data.model_fields_set
     for each in (Kit(backbone, technique), *kits):
@@ -270,71 +267,6 @@ def _counted(model: Model, kit: Kit, ragged: bool) -> tuple[Flops, Flops]:
     return flops, lambda rows, width: looks(rows, width) / each
 
 
-def choose(registry: Mapping[str, Any], section: str, kind: str) -> Any:
-    if kind not in registry:
-        raise ConfigError(f"unknown {section}.kind '{kind}': {nearest(kind, registry)}")
-    return registry[kind]
-
-
-def algorithm_named(kind: str) -> Callable[..., Algorithm]:
-    """A registered algorithm, or the function in a file of the user's own: "path/to/file.py:function".
-
-    Raises:
-        ConfigError: no such algorithm, file or function.
-    """
-    path, found, name = kind.rpartition(":")
-    if not found:
-        return choose(ALGORITHMS, "algorithm", kind)  # type: ignore[no-any-return]
-    if not Path(path).is_file():
-        raise ConfigError(f"algorithm.kind '{kind}': there is no file '{path}' (seen from {Path.cwd()})")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # the user's own code may fail in any way
-        raise ConfigError(f"algorithm.kind '{kind}': '{path}' cannot be imported: {_raised(error)}") from error
-    if not callable(getattr(module, name, None)):
-        functions = [n for n, v in vars(module).items() if inspect.isfunction(v)]
-        raise ConfigError(f"algorithm.kind '{kind}': '{path}' has no function '{name}': {nearest(name, functions)}")
-    return own_algorithm(kind, getattr(module, name))
-
-
-def own_algorithm(kind: str, function: Callable[..., Any]) -> Callable[..., Algorithm]:
-    """A user's function whose mistakes are told in one line; its options are read from its own signature.
-
-    Raises:
-        ConfigError: its signature names a type that is not there; when called: it fails, or returns no Algorithm.
-    """
-    try:
-        inspect.signature(function, eval_str=True)
-    except Exception as error:
-        raise ConfigError(f"algorithm.kind '{kind}': {_raised(error)}") from error
-
-    @functools.wraps(function)
-    def factory(job: Job, **options: Any) -> Algorithm:
-        try:
-            algorithm = function(job, **options)
-        except FedtailorError:
-            raise
-        except Exception as error:
-            raise ConfigError(f"algorithm.kind '{kind}': {_raised(error)}") from error
-        if not isinstance(algorithm, Algorithm):
-            raise ConfigError(
-                f"algorithm.kind '{kind}' returned a {type(algorithm).__name__}: return an Algorithm (fedtailor.core)"
-            )
-        return algorithm
-
-    return factory
-
-
-def _raised(error: BaseException) -> str:
-    """What a user's own code raised: the message alone (3, 'mu') would not say."""
-    name, line = type(error).__name__, first_line(error)
-    return line if line == name else f"{name}: {line}"
-
-
 def with_room(experiment: Experiment, backbone: Backbone, taken: int, own: bool) -> Experiment:
     """The experiment with a max_length that fits beside `taken` tokens of prompt: unless it is the user's own, it is lowered.
 
@@ -360,33 +292,6 @@ def _fits_memory(experiment: Experiment, backbone: Backbone) -> None:
                 f"clients.devices '{device.name}': memory_mb = {device.memory / 1e6:g}, but the model alone takes "
                 f"{needed / 1e6:.1f} MB: raise memory_mb to what the device has, or choose a smaller model"
             )
-
-
-def checked(factory: Callable[..., Any], section: str, options: Mapping[str, Any], first: str) -> dict[str, Any]:
-    """The options, if they are keywords of this factory and of its annotated types: the signature is the configuration.
-
-    Raises:
-        ConfigError: an unknown option (with the nearest), or a value of a wrong type.
-    """
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
-
-    known = {n: p for n, p in inspect.signature(factory, eval_str=True).parameters.items() if n not in (first, *CODE)}
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
-        return dict(options)
-    out: dict[str, Any] = {}
-    for name, value in options.items():
-        if name not in known:
-            raise ConfigError(
-                f"unknown key '{section}.{name}' for {section}.kind '{factory.__name__}': "
-                + (nearest(name, known) if known else "it has no options")
-            )
-        try:
-            adapter = TypeAdapter(known[name].annotation, config=ConfigDict(arbitrary_types_allowed=True))
-            out[name] = adapter.validate_python(value, strict=not isinstance(value, int))
-        except ValidationError as error:
-            problem = error.errors()[0]["msg"].replace("Input should be", "should be")
-            raise ConfigError(f"'{section}.{name}' {problem} (got {value!r})") from error
-    return out
 
 
 def pick_device(wanted: str) -> str:

@@ -25,18 +25,22 @@ def local(job: Job) -> Algorithm:
         yield {client: Message("train") for client in cohort}
         return state
 
-    def personal(own: Tree | None, broadcast: Tree, site: Site) -> Tree:
-        return own["params"] if own else site.init
-
-    answer, judged = answer_with(job, lambda state: {}, personal)
+    answer, judged = answer_with(job, lambda state: {}, own_tree)
     return Algorithm(
         init=lambda params: {"params": params},
         round=round,
         client={"train": train, "answer": judged},
         answer=answer,
         model=lambda state: state["params"],
-        personal=personal,
+        personal=own_tree,
+        of_all_kinds=True,
     )
+
+
+def own_tree(own: Tree | None, broadcast: Tree, site: Site) -> Tree:
+    """The tree that a client keeps and never sends."""
+    params: Tree = own["params"] if own else site.init
+    return params
 
 
 def pooled(job: Job) -> Algorithm:
@@ -78,6 +82,7 @@ def zero_shot(job: Job) -> Algorithm:
         client={"answer": judged},
         answer=answer,
         model=lambda state: state["params"],
+        trains=False,
     )
 
 

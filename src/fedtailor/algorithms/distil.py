@@ -24,6 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedtailor.algorithms.baselines import own_tree
 from fedtailor.core import (
     SERVER,
     Algorithm,
@@ -39,9 +40,10 @@ from fedtailor.core import (
     State,
     Talk,
     Tree,
+    answer_with,
     stream,
 )
-from fedtailor.errors import ConfigError, nearest
+from fedtailor.errors import ConfigError, one_of
 from fedtailor.losses import distilling
 
 RULES, AVERAGES, WEIGHTS = ("fedmd", "feddf"), ("logits", "probabilities"), ("uniform", "examples", "confidence")
@@ -61,8 +63,7 @@ def distil(
 ) -> Algorithm:
     """Federated distillation: logits on `rows` public examples a round; `digest` and `student` are passes over them."""
     for name, found, known in (("rule", rule, RULES), ("average", average, AVERAGES), ("weights", weights, WEIGHTS)):
-        if found not in known:
-            raise ConfigError(f"algorithm.{name} cannot be '{found}': {nearest(found, known)}")
+        one_of(f"algorithm.{name}", found, known)
     for name, value in {"rows": rows, "temperature": temperature, "digest": digest, "student": student}.items():
         if value <= 0:
             raise ConfigError(f"algorithm.{name} must be above 0 (got {value})")
@@ -119,29 +120,15 @@ def distil(
             told = learnt[SERVER].body["logits"] if rule == "feddf" else agreed
         return {"params": params, "rows": drawn(turn), "teacher": {"taught": at, "teacher": told}, "turn": turn}
 
-    def personal(own: Tree | None, broadcast: Tree, site: Site) -> Tree:
-        return own["params"] if own else site.init
-
-    def answer(state: State, cohort: list[ClientId]) -> Talk:
-        everyone = {client: Message("answer") for client in cohort}
-        return (yield {**everyone, SERVER: Message("answer", state["params"])})
-
-    def judged(own: Tree | None, msg: Message, site: Site) -> Flow:
-        params = msg.body if site.id == SERVER else personal(own, {}, site)
-        body: Tree = {}
-        for split in ("test", "global"):
-            if split in site.data and len(site.data[split]):
-                outputs = yield Predict(job.judge, params, site.data[split])
-                body[split] = job.tally(outputs)
-        return own, Message("judged", body, {"n": float(len(site.data.get("test", ())))})
-
+    answer, judged = answer_with(job, lambda state: {}, own_tree, student=lambda state: state["params"])
     return Algorithm(
         init=init,
         round=round,
         client={"exchange": exchange, "teach": teach, "answer": judged},
         answer=answer,
         model=lambda state: state["params"],
-        personal=personal,
+        personal=own_tree,
+        of_all_kinds=True,
     )
 
 

@@ -13,7 +13,7 @@ is 1e-3 and not its 1e-9, which divides by nearly nothing where LoRA's B starts 
 from __future__ import annotations
 
 from fedtailor.core import Algorithm, ClientId, Fit, Flow, Job, Loss, Message, Site, State, Tree, answer_with, one_exchange
-from fedtailor.errors import ConfigError, nearest
+from fedtailor.errors import ConfigError, one_of
 from fedtailor.optimizers import ServerOptimizer, adagrad, adam, momentum, yogi
 from fedtailor.trees import add, cut, overlapping_mean, subtract
 
@@ -93,7 +93,6 @@ def weights_by(weighting: str):  # type: ignore[no-untyped-def]
     Raises:
         ConfigError: neither "examples" nor "uniform".
     """
-    if weighting not in ("examples", "uniform"):
-        raise ConfigError(f"algorithm.weighting cannot be '{weighting}': {nearest(weighting, ['examples', 'uniform'])}")
+    one_of("algorithm.weighting", weighting, ("examples", "uniform"))
     # A client without examples trained nothing: it must not count, and must not make the sum of weights zero either.
     return (lambda reply: float(reply.info["n"]) or 1e-9) if weighting == "examples" else (lambda reply: 1.0)

@@ -34,7 +34,7 @@ from torch import Tensor
 from fedtailor import wire
 from fedtailor.algorithms.fedavg import fedavg
 from fedtailor.core import SERVER, Algorithm, Ask, ClientId, Examples, Flow, Job, Message, Predict, Site, State, Talk, Tree
-from fedtailor.errors import ConfigError, nearest
+from fedtailor.errors import ConfigError, one_of
 from fedtailor.losses import TEMPERATURE, contrastive
 from fedtailor.techniques.retriever import embed, smoothed
 from fedtailor.trees import numel
@@ -58,8 +58,7 @@ def rag(
     """Federated retrieval: neighbours among all clients' rows vote; `access` says what may leave a client, `merge` how lists meet."""
     rules = [access] if isinstance(access, str) else list(access)
     for name, found, known in (*(("access", rule, RULES) for rule in rules), ("merge", merge, MERGES)):
-        if found not in known:
-            raise ConfigError(f"algorithm.{name} cannot be '{found}': {nearest(found, known)}")
+        one_of(f"algorithm.{name}", found, known)
     for name, value in {"k": k, "queries": queries, "rrf": rrf}.items():
         if value < 1:
             raise ConfigError(f"algorithm.{name} must be at least 1 (got {value})")
@@ -169,6 +168,7 @@ def rag(
         client={"train": averaged.client["train"], "embed": embed_queries, "search": search, "judge": judge},
         answer=answer,
         model=lambda state: state["params"],
+        trains=False,  # what `train` needs is checked above
     )
 
 

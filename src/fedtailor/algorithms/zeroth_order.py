@@ -31,7 +31,7 @@ from fedtailor.core import (
 )
 from fedtailor.errors import ConfigError
 from fedtailor.metrics import mean_loss
-from fedtailor.trees import numel, tree_map
+from fedtailor.trees import tree_map
 
 
 def zeroth_order(
@@ -43,11 +43,6 @@ def zeroth_order(
         if value <= 0:
             raise ConfigError(f"algorithm.{name} must be above 0 (got {value})")
     weigh = weights_by(weighting)
-
-    def init(params: Tree) -> State:
-        if not numel(params):
-            raise ConfigError("algorithm zeroth-order moves tensors: choose a technique that has some, 'prompt' for example")
-        return {"start": params, "moved": torch.zeros(seeds)}
 
     def params_of(state: State) -> Tree:
         return shifted(state["start"], state["moved"], job.seed)
@@ -82,7 +77,7 @@ def zeroth_order(
 
     answer, judged = answer_with(job, params_of)
     return Algorithm(
-        init=init,
+        init=lambda params: {"start": params, "moved": torch.zeros(seeds)},
         round=one_exchange(lambda state, client: Message("train", {"moved": state["moved"]}), merge),
         client={"train": train, "answer": judged},
         answer=answer,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fedtailor import attention, wire
 from fedtailor.backbone import Backbone, fork, keys_and_values, quiet
 from fedtailor.core import Tree
-from fedtailor.errors import ConfigError, nearest
+from fedtailor.errors import ConfigError, nearest, one_of
 from fedtailor.techniques.base import DELTA, Technique, binder, detached
 from fedtailor.techniques.full import write_model
 
@@ -46,7 +46,7 @@ def lora(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
         lora_dropout=dropout,
-        target_modules=_targets(backbone, QUERY_VALUE, target),
+        target_modules=targets_of(backbone, QUERY_VALUE, target),
     )
 
 
@@ -56,8 +56,8 @@ def ia3(backbone: Backbone, target: list[str] | None = None, feedforward: list[s
 
     if not target and backbone.model.config.model_type in KNOWN:  # type: ignore[union-attr]
         return peft(backbone, peft_type="IA3")
-    inner = _targets(backbone, FEEDFORWARD, feedforward) if feedforward or not target else []
-    modules = sorted({*_targets(backbone, KEY_VALUE, target), *inner})
+    inner = targets_of(backbone, FEEDFORWARD, feedforward) if feedforward or not target else []
+    modules = sorted({*targets_of(backbone, KEY_VALUE, target), *inner})
     return peft(backbone, peft_type="IA3", target_modules=modules, feedforward_modules=inner)
 
 
@@ -83,8 +83,7 @@ def prefix(backbone: Backbone, length: int = 10, init: str = "activations") -> T
 
     `init`: "activations" starts from the keys and values of real tokens, "random" from PEFT's unit normal noise.
     """
-    if init not in ("activations", "random"):
-        raise ConfigError(f"technique.init cannot be '{init}': {nearest(init, ['activations', 'random'])}")
+    one_of("technique.init", init, ("activations", "random"))
     states, modules = keys_and_values(backbone, _length(length))
     layers, _, heads, _, dim = states.shape
     sizes = {"num_virtual_tokens": length, "num_layers": layers, "token_dim": heads * dim, "num_attention_heads": heads}
@@ -268,7 +267,7 @@ def _length(length: int) -> int:
     return length
 
 
-def _targets(backbone: Backbone, usual: set[str], asked: list[str] | None = None) -> list[str]:
+def targets_of(backbone: Backbone, usual: set[str], asked: list[str] | None = None) -> list[str]:
     """The layers asked for, or those of this model that have a usual name.
 
     Raises:

@@ -22,7 +22,7 @@ from fedtailor.losses import TEMPERATURE, contrastive
 from fedtailor.metrics import Metric
 from fedtailor.techniques.base import Technique, binder, pooled
 from fedtailor.techniques.full import write_model
-from fedtailor.techniques.peft import QUERY_VALUE, _targets, peft
+from fedtailor.techniques.peft import QUERY_VALUE, peft, targets_of
 
 SMALL = 1e-3  # what a class keeps that no neighbour has, so that a loss is finite (ours)
 CHUNK = 1024  # rows compared with all others at a time
@@ -38,7 +38,7 @@ def retriever(backbone: Backbone, rank: int = 0, alpha: float | None = None) -> 
     base: Any = backbone.model.base_model
     encoder = backbone._replace(model=base, unread=None)
     if rank:
-        targets = _targets(encoder, QUERY_VALUE)
+        targets = targets_of(encoder, QUERY_VALUE)
         scale = 2 * rank if alpha is None else alpha
         config = {"r": rank, "lora_alpha": scale, "target_modules": targets}
         inner = peft(encoder, peft_type="LORA", task_type="FEATURE_EXTRACTION", **config)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedtailor import wire
-from fedtailor.backbone import Backbone, fork, positions
+from fedtailor.backbone import CAUSAL, Backbone, fork, positions
 from fedtailor.core import Batch, Forward, Tree
 from fedtailor.errors import ConfigError
 from fedtailor.techniques.base import Technique, pooled
@@ -271,4 +271,4 @@ def _forward(own: nn.Module, backbone: Backbone, words: Words, scale: float, roo
 
 
 def is_causal(model: nn.Module) -> bool:
-    return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    return type(model).__name__.endswith(CAUSAL)
