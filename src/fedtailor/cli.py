@@ -24,6 +24,7 @@ As_json = Annotated[bool, typer.Option("--json", help="Print one JSON document a
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: section.key=value (repeatable).")]
 Out = Annotated[Path | None, typer.Option("--out", help="The run folder itself.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the run folder.")]
+Preset = Annotated[str | None, typer.Option("--preset", help="Apply the experiment's table [presets.NAME] first.")]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of every random stream.")]
 RunFolder = Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")]
 
@@ -47,6 +48,7 @@ def run(
     out: Out = None,
     resume: Resume = False,
     seed: Seed = None,
+    preset: Preset = None,
     set_: Set = None,
     as_json: As_json = False,
 ) -> None:
@@ -55,7 +57,7 @@ def run(
     from fedtailor.report import write
     from fedtailor.run import run as run_experiment
 
-    chosen = _experiment(experiment, seed, set_)
+    chosen = _experiment(experiment, seed, set_, preset)
     folder = out or _free(Path("runs") / chosen.name, resume)
     with watching(err, chosen.rounds) as watch:
         summary = run_experiment(chosen, folder, resume, watch)
@@ -75,6 +77,7 @@ def compare(
     out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Finished cases are kept and cut ones resumed in any case.")] = False,
     seed: Seed = None,
+    preset: Preset = None,
     set_: Set = None,
     as_json: As_json = False,
 ) -> None:
@@ -86,7 +89,7 @@ def compare(
     from fedtailor.report.folders import summary_of
 
     changes = [*(set_ or []), *([f"compare.seeds=[{seed}]"] if seed is not None else [])]
-    chosen = _experiment(experiment, seed, changes)
+    chosen = _experiment(experiment, seed, changes, preset)
     folder = out or Path("runs") / f"{chosen.name}-compare"
     with watching(err, chosen.rounds, many=True) as watch:
         rows = compare_cases(chosen, folder, watch)
@@ -210,11 +213,13 @@ def doctor(as_json: As_json = False) -> None:
         raise typer.Exit(4)
 
 
-def _experiment(name: str | None, seed: int | None, overrides: list[str] | None) -> Any:
+def _experiment(name: str | None, seed: int | None, overrides: list[str] | None, preset: str | None = None) -> Any:
     from fedtailor.config import load, override, parse
 
     changes = [*(overrides or []), *([f"seed={seed}"] if seed is not None else [])]
     if name is None:
+        if preset:
+            raise ConfigError(f"--preset {preset}: presets are tables of an experiment file: name one")
         values: dict[str, Any] = {}
         for item in changes:
             override(values, item)
@@ -225,7 +230,7 @@ def _experiment(name: str | None, seed: int | None, overrides: list[str] | None)
         if name not in known:
             raise ConfigError(f"no experiment '{name}': " + (nearest(name, known) if known else "name a .toml file"))
         path = Path("experiments") / f"{name}.toml"
-    return load(path, changes)
+    return load(path, changes, preset)
 
 
 def _free(folder: Path, resume: bool) -> Path:

@@ -25,8 +25,10 @@ MEASURES = (
     "bytes_up_per_client_round",
     "bytes_down_per_client_round",
     "bytes_total",
+    "bytes_to_99",
     "trainable_parameters",
     "flops_per_example",
+    "forward_flops_per_example",
     "peak_memory_bytes",
     "seconds",
     "simulated_seconds",
@@ -38,6 +40,8 @@ class Case(NamedTuple):
     seed: int
     values: dict[str, Any]  # the experiment
     choices: list[dict[str, Any]]  # dotted keys and values, one of which validation data chooses; [{}] without `choose`
+    changes: dict[str, Any] = {}  # dotted keys and values that make it this case
+    pooled: str | None = None  # the case that trains the same where the data is pooled
 
     def experiment(self, choice: dict[str, Any]) -> Experiment:
         values = copy.deepcopy(self.values)
@@ -53,60 +57,96 @@ class Case(NamedTuple):
 EXCHANGED = ("algorithm", "filters", "clients.devices")
 TRAINED = ("technique", "train", "rounds", "clients.ranks", "clients.lengths", "clients.kinds")
 NOT_FOR = {  # keys that mean nothing to a baseline
-    "pooled": (*EXCHANGED, "clients.kinds"),
+    "pooled": (*EXCHANGED, "clients.kinds", "clients.partition"),
     "local": EXCHANGED,
-    "zero-shot": (*EXCHANGED, *TRAINED),
+    "zero-shot": (*EXCHANGED, *TRAINED, "clients.partition"),
 }
+WITHOUT_GRADIENTS = ("prompt-search", "rag")  # pooled, they are the same algorithm with one client that has everything
+ONE_CLIENT = ("filters", "clients.devices", "clients.partition", "clients.per_round", "clients.count")
+WORDS = ("name", "choose", "baselines")  # of a table of compare.sets, beside dotted keys
 
 
 def cases(experiment: Experiment) -> Iterator[Case]:
-    """Every combination of `compare.vary` (or each table of `compare.sets`) and of the seeds, then the baselines of each.
+    """Every combination of `compare.vary` (or each table of `compare.sets`), each followed by its baselines, for the first seed; then
+    the same for the other seeds.
 
     Raises:
         ConfigError: a varied key that does not exist, or a value that it cannot have.
     """
     section = experiment.compare
     grid = _grid(section.vary, "vary")
-    variants = [{**one, **other} for one in section.sets or [{}] for other in grid]
-    seen: set[tuple[str, int]] = set()
-    for variant in variants:
-        if "seed" in variant:
-            raise ConfigError("compare: seeds are varied by compare.seeds, a list, so that each case has them all")
-        changes, chosen = {k: v for k, v in variant.items() if k != "choose"}, variant.get("choose", {})
-        if not isinstance(chosen, dict) or not all(isinstance(v, list) for v in chosen.values()):
-            raise ConfigError('compare.sets: write choose as { "train.lr" = [0.001, 0.01] }')
-        choices = _grid({**section.choose, **chosen}, "choose")
-        if len(choices) > 1 and not (experiment.evaluate.every and experiment.clients.valid):
-            raise ConfigError("compare.choose needs validation data: set clients.valid above 0 and evaluate.every to 1 or more")
-        for algorithm in (None, *(b for b in section.baselines if b in NOT_FOR)):
-            drop = NOT_FOR.get(algorithm or "", ())
-            own = {k: v for k, v in changes.items() if not k.startswith(drop)}
-            options = _unlike({k: v for k, v in c.items() if not k.startswith(drop)} for c in choices)
-            for seed in section.seeds or [experiment.seed]:
-                values = written(experiment)
-                values.pop("compare")
-                values["seed"] = seed
-                for key, value in own.items():
-                    assign(values, key.split("."), value)
-                if algorithm:
-                    values["algorithm"] = {"kind": algorithm}
-                    values["filters"] = {}
-                    values["clients"].pop("devices", None)
-                    values["clients"].pop("deadline", None)
-                if algorithm in ("pooled", "zero-shot"):
-                    values["clients"]["kinds"] = []
-                if algorithm == "zero-shot":
-                    ours = values["technique"] if values["technique"]["kind"] == "template" else {"kind": "template"}
-                    values |= {"technique": ours, "rounds": 1}
-                    values["clients"] |= {"ranks": [], "lengths": []}
-                title = ", ".join([*([algorithm] if algorithm else []), *([_titled(own)] if own else [])])
-                title = title or str(experiment.algorithm.kind)
-                if (title, seed) not in seen:
-                    seen.add((title, seed))
-                    case = Case(title, seed, values, options)
-                    for choice in options:
-                        case.experiment(choice)  # a bad key is known before the first run
-                    yield case
+    variants = [(one, other) for one in section.sets or [{}] for other in grid]
+    for seed in section.seeds or [experiment.seed]:
+        seen: dict[str, str] = {}
+        for one, other in variants:
+            yield from _variant(experiment, one, other, seed, seen)
+
+
+def _variant(
+    experiment: Experiment, one: dict[str, Any], other: dict[str, Any], seed: int, seen: dict[str, str]
+) -> Iterator[Case]:
+    """The case of one table of `compare.sets` with one combination of `compare.vary`, and its baselines; `seen` keeps the title that
+    an experiment got, as techniques may share a baseline."""
+    section = experiment.compare
+    changes = {**{k: v for k, v in one.items() if k not in WORDS}, **other}
+    chosen, baselines = one.get("choose", {}), one.get("baselines", section.baselines)
+    if "seed" in changes:
+        raise ConfigError("compare: seeds are varied by compare.seeds, a list, so that each case has them all")
+    if not isinstance(chosen, dict) or not all(isinstance(v, list) for v in chosen.values()):
+        raise ConfigError('compare.sets: write choose as { "train.lr" = [0.001, 0.01] }')
+    if not isinstance(baselines, list) or not set(baselines) <= set(section.baselines):
+        raise ConfigError("compare.sets: baselines is a list of some of compare.baselines")
+    choices = _grid({**section.choose, **chosen}, "choose")
+    if len(choices) > 1 and not (experiment.evaluate.every and experiment.clients.valid):
+        raise ConfigError("compare.choose needs validation data: set clients.valid above 0 and evaluate.every to 1 or more")
+    kind = str(changes.get("algorithm.kind", experiment.algorithm.kind))
+    found: dict[str, Case] = {}
+    fresh: list[str] = []
+    for algorithm in (None, *(b for b in baselines if b in NOT_FOR)):
+        alone = algorithm == "pooled" and kind in WITHOUT_GRADIENTS
+        drop = ONE_CLIENT if alone else NOT_FOR.get(algorithm or "", ())
+        own = {k: v for k, v in changes.items() if not k.startswith(drop)}
+        options = _unlike({k: v for k, v in c.items() if not k.startswith(drop)} for c in choices)
+        values = written(experiment)
+        values.pop("compare")
+        values["seed"] = seed
+        for key, value in own.items():
+            assign(values, key.split("."), value)
+        if algorithm:
+            _as_baseline(values, algorithm, alone)
+        words = [algorithm, one.get("name"), _titled({k: v for k, v in own.items() if k in other or "name" not in one})]
+        title = ", ".join(str(word) for word in words if word) or kind
+        same = json.dumps([values, options], sort_keys=True)
+        if same not in seen:
+            if title in seen.values():
+                raise ConfigError(f"compare.sets: two cases would be called '{title}': give them a name each")
+            seen[same] = title
+            fresh.append(algorithm or "")
+        changed = {**own, "algorithm.kind": algorithm} if algorithm and not alone else own
+        found[algorithm or ""] = Case(seen[same], seed, values, options, changed)
+    for key in fresh:
+        case = found[key]._replace(pooled=found["pooled"].name if "pooled" in found and not key else None)
+        for choice in case.choices:
+            case.experiment(choice)  # a bad key is known before the first run
+        yield case
+
+
+def _as_baseline(values: dict[str, Any], algorithm: str, alone: bool) -> None:
+    """Make these values those of a baseline; `alone`: of the same algorithm with one client."""
+    values["filters"] = {}
+    for key in ("devices", "deadline"):
+        values["clients"].pop(key, None)
+    if alone:
+        values["clients"] |= {"count": 1, "partition": {"kind": "iid"}}
+        values["clients"].pop("per_round", None)
+        return
+    values["algorithm"] = {"kind": algorithm}
+    if algorithm in ("pooled", "zero-shot"):
+        values["clients"]["kinds"] = []
+    if algorithm == "zero-shot":
+        ours = values["technique"] if values["technique"]["kind"] == "template" else {"kind": "template"}
+        values |= {"technique": ours, "rounds": 1}
+        values["clients"] |= {"ranks": [], "lengths": []}
 
 
 def _grid(values: dict[str, list[Any]], where: str) -> list[dict[str, Any]]:
@@ -158,8 +198,21 @@ def compare(
                     raise
                 watched.notice(f"{error}: counted as the worst value")
                 return None
-        return {**summary, "run": str(folder)}
+        return {**summary, "bytes_to_99": bytes_to(0.99, folder, summary["metric"]), "run": str(folder)}
 
+    def told() -> list[dict[str, Any]]:
+        rows = []
+        for name, runs in summaries.items():
+            case = next(case for case in todo if case.name == name)
+            pooled = summaries.get(case.pooled or "", [])
+            tried = {"changes": case.changes, "chosen": chosen[name][0], "tried": chosen[name][1]}
+            rows.append({**row(name, runs), **_to_pooled(runs, pooled), "pooled": case.pooled, **tried})
+        rows += [flat(name, summaries) for name in experiment.compare.baselines if name == "majority"]
+        wire.atomically(out / COMPARISON, lambda path: path.write_text(json.dumps(rows, indent=1), encoding="utf-8"))
+        wire.atomically(out / "compare.md", lambda path: path.write_text(markdown(rows), encoding="utf-8"))
+        return rows
+
+    rows: list[dict[str, Any]] = []
     for case in todo:
         if case.name not in chosen:
             candidates = case.choices if len(case.choices) > 1 else []
@@ -172,10 +225,7 @@ def compare(
         summary = done(case, chosen[case.name][0])
         assert summary
         summaries.setdefault(case.name, []).append(summary)
-    rows = [{**row(name, runs), "chosen": chosen[name][0], "tried": chosen[name][1]} for name, runs in summaries.items()]
-    rows += [flat(name, summaries) for name in experiment.compare.baselines if name == "majority"]
-    wire.atomically(out / COMPARISON, lambda path: path.write_text(json.dumps(rows, indent=1), encoding="utf-8"))
-    wire.atomically(out / "compare.md", lambda path: path.write_text(markdown(rows), encoding="utf-8"))
+        rows = told()  # after each case: who looks before the end sees a table of what is done
     return rows
 
 
@@ -221,6 +271,28 @@ def row(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {"name": name, "metric": runs[0]["metric"], "seeds": len(runs), "runs": [r["run"] for r in runs], **measures}
 
 
+def _to_pooled(runs: list[dict[str, Any]], pooled: list[dict[str, Any]]) -> dict[str, Any]:
+    """The difference to pooled training on the global test set, seed by seed."""
+    there = {r["seed"]: r["global_test"] for r in pooled if r.get("global_test") is not None}
+    differences = [r["global_test"] - there[r["seed"]] for r in runs if r["seed"] in there and r.get("global_test") is not None]
+    return {"to_pooled": interval(differences)} if differences else {}
+
+
+def bytes_to(share: float, folder: Path, metric: str) -> int | None:
+    """Bytes up and down, of all clients, until the validation metric was first within `share` of the run's own best."""
+    size = 0
+    seen: list[tuple[float, int]] = []  # (value, bytes until then)
+    for line in map(json.loads, (folder / ROUNDS).read_text(encoding="utf-8").splitlines()):
+        size += line["bytes_up"] + line["bytes_down"]
+        if line.get("valid") is not None:
+            seen.append((line["valid"], size))
+    if not seen:
+        return None
+    values = [value for value, _ in seen]
+    worst = min(values) / share if metric == "perplexity" else max(values) * share
+    return next(size for value, size in seen if (value <= worst if metric == "perplexity" else value >= worst))
+
+
 def flat(name: str, summaries: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """A baseline that needs no training: always the commonest class."""
     first = next(iter(summaries.values()))
@@ -252,14 +324,19 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """(column heads, cells) for people."""
     metric = rows[0]["metric"] if rows else "metric"
-    head = ["case", f"global test ({metric})", "clients' mean", "worst decile", "kB up", "kB down", "MB in all", "trained", "s"]
+    paired = any("to_pooled" in r for r in rows)
+    scores = {f"global test ({metric})": "global_test", **({"to pooled": "to_pooled"} if paired else {})}
+    scores |= {"clients' mean": "clients_mean", "worst decile": "clients_worst_decile"}
+    sizes = {"kB up": ("bytes_up_per_client_round", 1e3), "kB down": ("bytes_down_per_client_round", 1e3)}
+    sizes |= {"MB in all": ("bytes_total", 1e6)} | (
+        {"MB to 99 %": ("bytes_to_99", 1e6)} if any("bytes_to_99" in r for r in rows) else {}
+    )
     body = []
     for r in rows:
-        scores = [_score(r.get(m)) for m in MEASURES[:3]]
-        sizes = [_number(r.get(m), f) for m, f in zip(MEASURES[3:6], (1e3, 1e3, 1e6), strict=True)]
         name = f"{r['name']} ({_titled(r['chosen'])} chosen)" if r.get("chosen") else r["name"]
-        body.append([name, *scores, *sizes, _number(r.get("trainable_parameters"), 1, 0), _number(r.get("seconds"), 1)])
-    return head, body
+        cells = [*(_score(r.get(m)) for m in scores.values()), *(_number(r.get(m), unit) for m, unit in sizes.values())]
+        body.append([name, *cells, _number(r.get("trainable_parameters"), 1, 0), _number(r.get("seconds"), 1)])
+    return ["case", *scores, *sizes, "trained", "s"], body
 
 
 def _score(cell: dict[str, float] | None) -> str:
@@ -274,4 +351,6 @@ def _number(cell: dict[str, float] | None, unit: float, digits: int = 1) -> str:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, dict) and "kind" in value:
+        return " ".join([str(value["kind"]), *(str(v) for k, v in value.items() if k != "kind")])
     return json.dumps(value) if isinstance(value, dict | list) else str(value)

@@ -172,8 +172,8 @@ class Experiment(Section):
     compare: CompareSection = CompareSection()
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
-    """The experiment in a TOML file, with `a.b=value` overrides on top.
+def load(path: Path, overrides: Sequence[str] = (), preset: str | None = None) -> Experiment:
+    """The experiment in a TOML file, with the dotted keys of its table `[presets.<preset>]` and `a.b=value` overrides on top.
 
     Raises:
         ConfigError: no such file, not TOML, an unknown key, a wrong type, an impossible value.
@@ -187,6 +187,13 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
         values = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    presets = values.pop("presets", {})
+    if not isinstance(presets, dict) or not all(isinstance(keys, dict) for keys in presets.values()):
+        raise ConfigError(f'{path}: write presets as [presets.small] with dotted keys in quotes, such as "data.limit" = 100')
+    if preset is not None and preset not in presets:
+        raise ConfigError(f"{path} has no preset '{preset}'" + (f": {nearest(preset, presets)}" if presets else ""))
+    for key, value in presets.get(preset, {}).items():
+        assign(values, key.split("."), value)
     for item in overrides:
         override(values, item)
     return parse(values, text, str(path))

@@ -167,6 +167,7 @@ def _finish(
         **_per_query(ledger, int(state.get("queries", 0))),
         "trainable_parameters": numel(world.technique.init),
         "flops_per_example": flops / examples if examples else world.flops(1, int(np.mean(world.store.lengths))),
+        "forward_flops_per_example": world.looks(1, int(np.mean(world.store.lengths))),
         "flops_total": flops,
         "example_passes": examples,
         "peak_memory_bytes": peak_memory(),
