@@ -102,7 +102,9 @@ def world_of(
         sizes=tuple((sizes or {}).values()),
         seed=seed,
         passes=technique.passes,
+        classes=3 if KINDS[family] != "language" else 0,
         public=PUBLIC if KINDS[family] != "language" else 0,
+        reader=technique.reader,
     )
     log: list[Seen] = []
     algorithm = watched(ALGORITHMS[kind](job, **(options or {})), log)

@@ -124,6 +124,8 @@ CASES: dict[str, Case] = {
     "export without --to": Case("export done", USAGE, ("--to", "export --help")),
     "compare without experiment": Case("compare", USAGE, ("Missing argument",)),
     "list of nonsense": Case("list algoritms", USAGE, ("algoritms", "did you mean 'algorithms'?")),
+    "no such preset": Case("run e.toml --preset small", USAGE, ("has no preset 'small'",)),
+    "preset of nothing": Case("run --preset small", USAGE, ("presets are tables of an experiment file",)),
     "set without =": Case("run e.toml --set rounds", USAGE, ("--set 'rounds'", "section.key=value")),
     "set without key": Case("run e.toml --set =3", USAGE, ("--set '=3'", "section.key=value")),
     "set through a value": Case("run e.toml --set rounds.x=3", USAGE, ("rounds.x", "'rounds' is a value, not a section")),

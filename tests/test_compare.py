@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedtailor.compare import cases, compare
+from fedtailor.compare import bytes_to, cases, compare
 from fedtailor.config import Experiment, parse
 from fedtailor.errors import ConfigError, RunError
 from fedtailor.run import Watch
@@ -126,6 +126,8 @@ def test_a_baseline_does_not_choose_what_it_does_not_have(experiment: Callable[.
         ({"choose": {"train.lr": []}}, {}, "compare.choose: 'train.lr' has no values"),
         ({"choose": {"train.rate": [1, 2]}}, {}, "unknown key 'train.rate'"),
         ({"sets": [{"choose": ["train.lr"]}]}, {}, "write choose as"),
+        ({"sets": [{"baselines": ["pooled"]}]}, {}, "some of compare.baselines"),
+        ({"sets": [{"name": "a"}, {"name": "a", "technique.rank": 3}]}, {}, "two cases would be called 'a'"),
         ({"choose": {"train.lr": [1e-3, 1e-2]}}, {"evaluate": {"every": 0}}, "needs validation data"),
         ({"choose": {"train.lr": [1e-3, 1e-2]}}, {"clients": {"count": 2, "valid": 0}}, "needs validation data"),
     ],
@@ -155,3 +157,60 @@ def test_a_baseline_takes_nothing_from_another() -> None:
         assert (zero.technique.kind, zero.algorithm.kind, zero.rounds) == ("template", "zero-shot", 1)
         assert zero.clients.kinds == table["pooled, technique.kind=head"].experiment({}).clients.kinds == []
         assert len(table["technique.kind=head"].experiment({}).clients.kinds) == 1
+
+
+def test_sets_may_have_names_and_share_a_baseline(experiment: Callable[..., Experiment]) -> None:
+    sets = [
+        {"name": "small", "technique.rank": 1, "choose": {"train.lr": [1e-3, 1e-2]}},
+        {"name": "prox", "technique.rank": 1, "algorithm.kind": "fedprox", "choose": {"train.lr": [1e-3, 1e-2]}},
+        {"name": "alone", "technique.rank": 2, "baselines": []},
+    ]
+    vary = {"clients.partition": [{"kind": "iid"}, {"kind": "dirichlet", "alpha": 0.1}]}
+    found = list(cases(experiment({"sets": sets, "vary": vary, "baselines": ["pooled"], "seeds": [4, 3]})))
+    names = [(case.name, case.pooled) for case in found if case.seed == 4]
+    assert names == [
+        ("small, clients.partition=iid", "pooled, small"),
+        ("pooled, small", None),
+        ("small, clients.partition=dirichlet 0.1", "pooled, small"),
+        ("prox, clients.partition=iid", "pooled, small"),
+        ("prox, clients.partition=dirichlet 0.1", "pooled, small"),
+        ("alone, clients.partition=iid", None),
+        ("alone, clients.partition=dirichlet 0.1", None),
+    ]
+    assert [case.seed for case in found] == [4] * 7 + [3] * 7  # a whole table of one seed before the next
+
+
+def test_pooled_search_is_one_client_that_has_everything(experiment: Callable[..., Experiment]) -> None:
+    sets = [{"name": "words", "technique.kind": "template", "algorithm.kind": "prompt-search", "algorithm.rows": 8}]
+    clients = {"count": 5, "per_round": 2, "devices": [{"name": "slow", "uplink_mbps": 1}], "deadline": 9.0}
+    case = list(cases(experiment({"sets": sets, "baselines": ["pooled"]}, clients=clients)))[1]
+    there = case.experiment({})
+    assert case.name == "pooled, words"
+    assert (there.clients.count, there.clients.per_round, there.clients.devices, there.clients.deadline) == (1, None, [], 0)
+    assert (there.algorithm.kind, there.algorithm.options) == ("prompt-search", {"rows": 8})
+
+
+def test_differences_to_pooled_are_paired_by_seed(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
+    rows = compare(experiment({"baselines": ["pooled", "majority"], "seeds": [0, 1, 2]}), tmp_path)
+    ours, pooled = rows[0], rows[1]
+    differences = [a["global_test"] - b["global_test"] for a, b in zip(ours["values"], pooled["values"], strict=True)]
+    assert ours["to_pooled"]["mean"] == pytest.approx(sum(differences) / 3)
+    assert "to_pooled" not in pooled
+    for run, points in zip(ours["runs"], ours["curves"], strict=True):
+        lines = [json.loads(line) for line in (Path(run) / "rounds.jsonl").read_text("utf-8").splitlines()]
+        assert [p["valid"] for p in points] == [line["valid"] for line in lines]
+        assert points[-1]["bytes"] == json.loads((Path(run) / "summary.json").read_text("utf-8"))["bytes_total"]
+    text = (tmp_path / "compare.md").read_text(encoding="utf-8")
+    assert "| to pooled |" in text
+    assert "| MB to 99 % |" in text
+
+
+def test_bytes_until_nearly_the_best() -> None:
+    points = [{"bytes": 10.0 * k, "valid": v} for k, v in enumerate([0.5, 0.80, 0.79, 0.805], 1)]
+    assert bytes_to(0.99, points, "accuracy") == 20
+    assert bytes_to(1.0, points, "accuracy") == 40
+    assert (
+        bytes_to(0.99, [{"bytes": 1.0, "valid": 9.0}, {"bytes": 2.0, "valid": 5.04}, {"bytes": 3.0, "valid": 5.0}], "perplexity")
+        == 2
+    )
+    assert bytes_to(0.99, [], "accuracy") is None

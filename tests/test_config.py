@@ -352,3 +352,40 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
         load(tmp_path / "sst3.toml")
     with pytest.raises(ConfigError, match=r"'.*none/sst2.toml' does not exist$"):
         load(tmp_path / "none" / "sst2.toml")
+
+
+PRESETS = """
+rounds = 50
+[train]
+lr = 0.5
+[presets.small]
+rounds = 2
+"train.lr" = 0.25
+"clients.partition" = { kind = "dirichlet", alpha = 0.1 }
+[presets.tiny]
+rounds = 1
+"""
+
+
+def test_a_preset_is_applied_before_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "p.toml"
+    path.write_text(PRESETS, encoding="utf-8")
+    plain, small = load(path), load(path, ["train.lr=0.125"], preset="small")
+    assert (plain.rounds, plain.train.lr, plain.clients.partition.kind) == (50, 0.5, "iid")
+    assert (small.rounds, small.train.lr, small.clients.partition.options) == (2, 0.125, {"alpha": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("text", "preset", "line"),
+    [
+        (PRESETS, "smal", "no preset 'smal': did you mean 'small'"),
+        ("rounds = 3", "small", "has no preset 'small'$"),
+        ("[presets]\nsmall = 3", "small", "write presets as"),
+        ('[presets.small]\n"train.rate" = 3', "small", "unknown key 'train.rate'"),
+    ],
+)
+def test_presets_that_are_not_there(text: str, preset: str, line: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=line):
+        load(path, preset=preset)

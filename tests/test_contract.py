@@ -42,6 +42,8 @@ CASES: dict[str, Case] = {
     "fedavgm": Case(technique="head"),
     "fedex": Case(redundant=("log",)),
     "fedit": Case(topts={"rank": 3}),
+    "fedlc": Case({"rule": "prior", "tau": 0.5}, technique="prefix", topts={"length": 2}, plan=SGD),
+    "fedper": Case(),
     "fedprox": Case({"mu": 0.1}, technique="ia3"),
     "fedsa": Case(),
     "fedyogi": Case(

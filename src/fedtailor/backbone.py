@@ -48,10 +48,12 @@ def load(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     reads_words: bool = False,
+    embeds: bool = False,
 ) -> Backbone:
     """The frozen model for data of this kind; a head that the checkpoint lacks is drawn from the seed.
 
-    With `reads_words` classes are told in words: a causal checkpoint keeps its language head.
+    With `reads_words` classes are told in words: a causal checkpoint keeps its language head. With `embeds` texts without classes
+    need no head at all: any encoder will do.
 
     Raises:
         DataError: no such model, a folder without configuration or weights, broken weights, an unreachable hub, a wrong
@@ -59,13 +61,16 @@ def load(
         ConfigError: model.labels is less than the classes there are.
     """
     from transformers import (
+        AutoModel,
         AutoModelForCausalLM,
         AutoModelForImageClassification,
         AutoModelForSequenceClassification,
     )
 
     source = locate(config.name)
-    auto = {"image": AutoModelForImageClassification, "text": AutoModelForSequenceClassification}
+    auto: dict[str, Any] = {"image": AutoModelForImageClassification, "text": AutoModelForSequenceClassification}
+    if embeds:
+        auto |= {"language": AutoModel, "instruction": AutoModel}
     extra: dict[str, Any] = {}
     if kind == "text" and reads_words and _is_causal(source, config):
         auto["text"] = AutoModelForCausalLM

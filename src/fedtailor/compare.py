@@ -198,7 +198,8 @@ def compare(
                     raise
                 watched.notice(f"{error}: counted as the worst value")
                 return None
-        return {**summary, "bytes_to_99": bytes_to(0.99, folder, summary["metric"]), "run": str(folder)}
+        points = curve(folder)
+        return {**summary, "bytes_to_99": bytes_to(0.99, points, summary["metric"]), "curve": points, "run": str(folder)}
 
     def told() -> list[dict[str, Any]]:
         rows = []
@@ -206,7 +207,8 @@ def compare(
             case = next(case for case in todo if case.name == name)
             pooled = summaries.get(case.pooled or "", [])
             tried = {"changes": case.changes, "chosen": chosen[name][0], "tried": chosen[name][1]}
-            rows.append({**row(name, runs), **_to_pooled(runs, pooled), "pooled": case.pooled, **tried})
+            seeds = {"values": [_each(r) for r in runs], "curves": [r["curve"] for r in runs]}
+            rows.append({**row(name, runs), **_to_pooled(runs, pooled), "pooled": case.pooled, **tried, **seeds})
         rows += [flat(name, summaries) for name in experiment.compare.baselines if name == "majority"]
         wire.atomically(out / COMPARISON, lambda path: path.write_text(json.dumps(rows, indent=1), encoding="utf-8"))
         wire.atomically(out / "compare.md", lambda path: path.write_text(markdown(rows), encoding="utf-8"))
@@ -271,6 +273,11 @@ def row(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {"name": name, "metric": runs[0]["metric"], "seeds": len(runs), "runs": [r["run"] for r in runs], **measures}
 
 
+def _each(summary: dict[str, Any]) -> dict[str, Any]:
+    """What one seed gave, for who pairs seeds."""
+    return {"seed": summary["seed"], **{m: summary[m] for m in MEASURES[:3] if summary.get(m) is not None}}
+
+
 def _to_pooled(runs: list[dict[str, Any]], pooled: list[dict[str, Any]]) -> dict[str, Any]:
     """The difference to pooled training on the global test set, seed by seed."""
     there = {r["seed"]: r["global_test"] for r in pooled if r.get("global_test") is not None}
@@ -278,19 +285,21 @@ def _to_pooled(runs: list[dict[str, Any]], pooled: list[dict[str, Any]]) -> dict
     return {"to_pooled": interval(differences)} if differences else {}
 
 
-def bytes_to(share: float, folder: Path, metric: str) -> int | None:
-    """Bytes up and down, of all clients, until the validation metric was first within `share` of the run's own best."""
-    size = 0
-    seen: list[tuple[float, int]] = []  # (value, bytes until then)
+def curve(folder: Path) -> list[dict[str, float]]:
+    """What was known of the model after which bytes of all clients and which time: a point for each round that was validated."""
+    size, points = 0, []
     for line in map(json.loads, (folder / ROUNDS).read_text(encoding="utf-8").splitlines()):
         size += line["bytes_up"] + line["bytes_down"]
         if line.get("valid") is not None:
-            seen.append((line["valid"], size))
-    if not seen:
-        return None
-    values = [value for value, _ in seen]
-    worst = min(values) / share if metric == "perplexity" else max(values) * share
-    return next(size for value, size in seen if (value <= worst if metric == "perplexity" else value >= worst))
+            points.append({"round": line["round"], "bytes": size, "clock": line["clock"], "valid": line["valid"]})
+    return points
+
+
+def bytes_to(share: float, points: list[dict[str, float]], metric: str) -> float | None:
+    """Bytes up and down, of all clients, until the validation metric was first within `share` of the run's own best."""
+    sign = -1 if metric == "perplexity" else 1
+    best = max((sign * p["valid"] for p in points), default=0.0)
+    return next((p["bytes"] for p in points if sign * p["valid"] >= (best * share if sign > 0 else best / share)), None)
 
 
 def flat(name: str, summaries: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

@@ -60,6 +60,10 @@ class Examples(Protocol):
         """The same rows with one tensor more in each batch: a row of `column` an example."""
         ...
 
+    def column(self, name: str) -> Tensor:
+        """What every row has one of, such as the labels of a classifier: (rows, ...)."""
+        ...
+
     def batch(self, rows: Sequence[int] | np.ndarray, width: int, size: int) -> dict[str, Tensor]:
         """The rows as tensors, padded to `width` tokens and to `size` rows (padding rows carry no label)."""
         ...
@@ -183,6 +187,26 @@ class Algorithm(NamedTuple):
     personal: Callable[[Tree | None, Tree, Site], Tree] | None = None  # (own, broadcast, site) -> a client's own tree
     trains: bool = True  # it moves tensors, so the technique must have some
     of_all_kinds: bool = False  # no tree crosses: clients may differ in technique and backbone
+    updates: bool = True  # a client's replies are of one tree: what a filter lost of one may be given with the next
+    consult: Callable[[State, list[ClientId]], Talk] | None = None  # the server's test texts are put to these clients; returns
+    # a tree a text: its answer ("scores" of the classes, or "text"), and the "passages" that it rests on
+
+
+class Told(NamedTuple):
+    """How likely a text is to a language model after another."""
+
+    nll: float  # summed over its tokens
+    tokens: int
+    hits: int  # tokens that were the likeliest
+
+
+class Reader(NamedTuple):
+    """A language model beside the server that reads passages, the nearest first; the furthest are left out where they do not fit."""
+
+    labels: list[str]  # what a class is called; none where the data has no classes
+    read: Callable[[list[int]], str]  # tokens of the experiment's own model -> text
+    score: Callable[[Sequence[str], str, Sequence[str]], list[Told]]  # (passages, question, answers): each answer after both
+    write: Callable[[Sequence[str], str], str]  # (passages, question) -> an answer
 
 
 class Job(NamedTuple):
@@ -198,8 +222,10 @@ class Job(NamedTuple):
     exact_down: bool = True  # what the server sends arrives unrounded (no lossy filter)
     seed: int = 0  # of what is drawn at the server; a client draws from its site
     passes: Callable[[Sequence[Tree]], int] = len  # forward passes that a row takes to be judged with each of these trees
+    classes: int = 0  # of the labels; 0 for language
     public: int = 0  # examples that everybody has, where there are any: a site's data["public"]
     similar: Callable[[str], list[str]] = lambda word: []  # words that the model takes for like this one, the nearest first
+    reader: Reader | None = None  # what reads retrieved passages, where the technique has one
 
 
 def seed_of(seed: int, *purpose: str | int) -> int:

@@ -99,10 +99,10 @@ def plain(experiment: Experiment) -> dict[str, Any]:
 
     values: dict[str, Any] = strip(experiment.model_dump())
     data, algorithm = values["data"], values["algorithm"]
-    for model in _models(values):
-        folder = Path(model["name"]).expanduser()
-        if model["name"] not in MODELS and (_is_path(model["name"]) or folder.is_dir()):
-            model["name"] = _absolute(folder)
+    for section, key in _models(values):
+        folder = Path(section[key]).expanduser()
+        if section[key] not in MODELS and (_is_path(section[key]) or folder.is_dir()):
+            section[key] = _absolute(folder)
     for key in ("name", "public"):
         name = data.get(key)
         if isinstance(name, str) and name not in DATA and (_is_path(name) or Path(name).expanduser().exists()):
@@ -116,9 +116,12 @@ def plain(experiment: Experiment) -> dict[str, Any]:
     return values
 
 
-def _models(values: dict[str, Any]) -> list[dict[str, Any]]:
-    """The sections that name a model: the server's, and those of kinds of clients that have their own."""
-    return [values["model"], *(kind["model"] for kind in values["clients"].get("kinds", []) if "model" in kind)]
+def _models(values: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """Where a model is named, (section, key): the server's, those of kinds of clients that have their own, and a generator."""
+    own = [values["model"], *(kind["model"] for kind in values["clients"].get("kinds", []) if "model" in kind)]
+    generator = values["technique"].get("generator")
+    named = [(values["technique"], "generator")] if generator and isinstance(generator, str) else []
+    return [*((section, "name") for section in own), *named]
 
 
 def written(experiment: Experiment) -> dict[str, Any]:
@@ -139,7 +142,7 @@ def stored(out: Path) -> Experiment:
     was = now
     with contextlib.suppress(OSError, ValueError, KeyError):  # an earlier version's, or cut by a kill: taken as not moved
         was = json.loads((out / ENVIRONMENT).read_text(encoding="utf-8"))["folder"]
-    named = [*((model, "name") for model in _models(values)), *((values["data"], key) for key in ("name", "test", "public"))]
+    named = [*_models(values), *((values["data"], key) for key in ("name", "test", "public"))]
     for section, key in [*named, (values["algorithm"], "kind")]:
         name = str(section.get(key))
         if was != now and os.path.isabs(name):

@@ -53,6 +53,11 @@ def contrastive(forward: Forward, params: Tree, batch: Batch, aux: Tree) -> Tens
     return -((chances * alike).sum(1) / count.clamp_min(1)).sum() / (count > 0).sum().clamp_min(1)
 
 
+def calibrated(forward: Forward, params: Tree, batch: Batch, aux: Tree) -> Tensor:
+    """Cross entropy of the logits plus the client's own shift, (classes,), in `aux` (FedLC, arXiv 2209.00189)."""
+    return masked_cross_entropy(forward(params, batch) + aux["shift"], batch["labels"])
+
+
 def proximal(base: Loss, mu: float) -> Loss:
     """base + mu/2 ||params - anchor||^2, the anchor in `aux` (FedProx, arXiv 1812.06127). mu = 0 is base itself."""
     return _Proximal(base, mu) if mu else base

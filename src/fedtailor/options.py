@@ -13,7 +13,7 @@ from fedtailor.algorithms import ALGORITHMS
 from fedtailor.core import Algorithm, Job
 from fedtailor.errors import ConfigError, FedtailorError, first_line, nearest
 
-CODE = ("loss", "server_opt")  # parameters of an algorithm that are functions: set in code, never in a file
+CODE = ("loss", "server_opt", "aux")  # parameters of an algorithm that are functions: set in code, never in a file
 
 
 def choose(registry: Mapping[str, Any], section: str, kind: str) -> Any:

@@ -118,13 +118,14 @@ def equip(experiment: Experiment, facts: Facts) -> Model:
     kind = experiment.technique.kind
 
     @functools.cache
-    def loaded(model: str, reads_words: bool) -> Backbone:
+    def loaded(model: str, reads_words: bool, embeds: bool) -> Backbone:
         """A backbone once, however many kinds of clients use it; the section as text, as it has no hash."""
-        return load_backbone(ModelSection.model_validate_json(model), facts.kind, facts.labels, seed, device, dtype, reads_words)
+        section = ModelSection.model_validate_json(model)
+        return load_backbone(section, facts.kind, facts.labels, seed, device, dtype, reads_words, embeds)
 
     def kit(model: ModelSection, technique: TechniqueSection) -> Kit:
         options = checked(choose(TECHNIQUES, "technique", technique.kind), "technique", technique.options, "backbone")
-        backbone = loaded(model.model_dump_json(), technique.kind == "template")
+        backbone = loaded(model.model_dump_json(), technique.kind == "template", technique.kind == "retriever")
         _fits_memory(experiment, backbone)
         try:
             return Kit(backbone, TECHNIQUES[technique.kind](backbone, **options))
@@ -158,8 +159,10 @@ def equip(experiment: Experiment, facts: Facts) -> Model:
         exact_down=not experiment.filters.down,
         seed=seed,
         passes=technique.passes,
+        classes=experiment.model.labels or len(facts.labels),
         public=facts.public,
         similar=functools.partial(similar_words, backbone),
+        reader=technique.reader,
     )
     factory = algorithm_named(experiment.algorithm.kind)
     options = checked(factory, "algorithm", experiment.algorithm.options, "job")
@@ -168,6 +171,11 @@ def equip(experiment: Experiment, facts: Facts) -> Model:
         raise ConfigError(
             f"technique '{kind}' has nothing to train: algorithm {experiment.algorithm.kind} needs another one, "
             "or set algorithm.kind to prompt-search (template), rag (retriever) or zero-shot"
+        )
+    if not algorithm.updates and "int8" in experiment.filters.up:
+        raise ConfigError(
+            f"filters.up: 'int8' gives what a reply lost with the next one, and replies of algorithm {experiment.algorithm.kind} "
+            "are not about the same things: use 'int8-plain'"
         )
     if kits and not algorithm.of_all_kinds:
         raise ConfigError(

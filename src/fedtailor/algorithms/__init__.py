@@ -10,6 +10,8 @@ from fedtailor.algorithms.distil import distil
 from fedtailor.algorithms.fedavg import fedadagrad, fedadam, fedavg, fedavgm, fedyogi
 from fedtailor.algorithms.fedbuff import asynchronous
 from fedtailor.algorithms.fedex import fedex
+from fedtailor.algorithms.fedlc import fedlc
+from fedtailor.algorithms.fedper import fedper
 from fedtailor.algorithms.fedprox import fedprox
 from fedtailor.algorithms.flora import flora
 from fedtailor.algorithms.hetlora import hetlora
@@ -30,6 +32,8 @@ ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
     "fedavgm": fedavgm,
     "fedex": fedex,
     "fedit": fedit,
+    "fedlc": fedlc,
+    "fedper": fedper,
     "fedprox": fedprox,
     "fedsa": fedsa,
     "fedyogi": fedyogi,

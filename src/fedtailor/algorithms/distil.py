@@ -13,7 +13,7 @@ technique; it has never seen a private row.
 Ours: KL with a temperature where FedMD takes the mean absolute difference; no supervised warm-up on the public rows (their labels are
 never read); under "feddf" weights do not cross, so clients learn from the student's logits where FedDF hands out its weights;
 the confidence rule; `top` logits only, the mass of the others spread evenly. Of the filters `int8-plain` and `fp16` suit logits:
-int8's error feedback would add what other rows lost.
+int8's error feedback would add what other rows lost, and is refused.
 """
 
 from __future__ import annotations
@@ -129,6 +129,7 @@ def distil(
         model=lambda state: state["params"],
         personal=own_tree,
         of_all_kinds=True,
+        updates=False,
     )
 
 

@@ -12,6 +12,8 @@ is 1e-3 and not its 1e-9, which divides by nearly nothing where LoRA's B starts 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fedtailor.core import Algorithm, ClientId, Fit, Flow, Job, Loss, Message, Site, State, Tree, answer_with, one_exchange
 from fedtailor.errors import ConfigError, one_of
 from fedtailor.optimizers import ServerOptimizer, adagrad, adam, momentum, yogi
@@ -19,7 +21,12 @@ from fedtailor.trees import add, cut, overlapping_mean, subtract
 
 
 def fedavg(
-    job: Job, *, weighting: str = "examples", server_opt: ServerOptimizer | None = None, loss: Loss | None = None
+    job: Job,
+    *,
+    weighting: str = "examples",
+    server_opt: ServerOptimizer | None = None,
+    loss: Loss | None = None,
+    aux: Callable[[Site], Tree] = lambda site: {},
 ) -> Algorithm:
     """Federated averaging: the mean of the clients' differences, weighted by examples or uniformly."""
     weigh = weights_by(weighting)
@@ -30,7 +37,7 @@ def fedavg(
 
     def train(own: Tree | None, msg: Message, site: Site) -> Flow:
         start = cut(msg.body, site.init)
-        done = yield Fit(local_loss, start, site.data["train"], {"anchor": start}, job.plan)
+        done = yield Fit(local_loss, start, site.data["train"], {"anchor": start, **aux(site)}, job.plan)
         return own, Message("update", subtract(done.params, start), done.seen)
 
     def merge(state: State, replies: dict[ClientId, Message]) -> State:

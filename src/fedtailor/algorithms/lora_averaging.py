@@ -11,9 +11,10 @@ reported as state["aggregation_error"] (0 for FFA; FedSA reports none: the serve
 from __future__ import annotations
 
 from fedtailor.algorithms.fedavg import one_size, weights_by
+from fedtailor.algorithms.fedper import partly_shared
 from fedtailor.core import Algorithm, ClientId, Fit, Flow, Job, Message, Site, State, Tree, answer_with, one_exchange
 from fedtailor.errors import ConfigError
-from fedtailor.trees import add, aggregation_error, lora_pairs, select, subtract, weighted_mean
+from fedtailor.trees import add, aggregation_error, lora_pairs, subtract, weighted_mean
 
 weigh = weights_by("examples")
 
@@ -30,41 +31,7 @@ def ffa(job: Job) -> Algorithm:
 
 def fedsa(job: Job) -> Algorithm:
     """FedSA-LoRA: A is shared, B and the head are personal."""
-
-    one_size(job, "fedsa")
-
-    def shared(name: str) -> bool:
-        return ".lora_A." in name
-
-    def train(own: Tree | None, msg: Message, site: Site) -> Flow:
-        start = personal(own, msg.body, site)
-        done = yield Fit(job.loss, start, site.data["train"], {}, job.plan)
-        mine = {name: t for name, t in done.params.items() if not shared(name)}
-        return mine, Message("update", subtract(select(done.params, msg.body), msg.body), done.seen)
-
-    def personal(own: Tree | None, broadcast: Tree, site: Site) -> Tree:
-        return {**site.init, **(own or {}), **broadcast}
-
-    def init(params: Tree) -> State:
-        _needs_lora(params, "fedsa")
-        return {"params": params}
-
-    def merge(state: State, replies: dict[ClientId, Message]) -> State:
-        delta = weighted_mean([r.body for r in replies.values()], [weigh(r) for r in replies.values()])
-        return {"params": {**state["params"], **add(select(state["params"], delta), delta)}}
-
-    def broadcast(state: State) -> Tree:
-        return {name: t for name, t in state["params"].items() if shared(name)}
-
-    answer, judged = answer_with(job, broadcast, personal)
-    return Algorithm(
-        init=init,
-        round=one_exchange(lambda state, client: Message("train", broadcast(state)), merge),
-        client={"train": train, "answer": judged},
-        answer=answer,
-        model=lambda state: state["params"],
-        personal=personal,
-    )
+    return partly_shared(job, "fedsa", lambda name: ".lora_A." in name, lambda params: _needs_lora(params, "fedsa"))
 
 
 def _averaging(job: Job, name: str, sent) -> Algorithm:  # type: ignore[no-untyped-def]

@@ -147,6 +147,7 @@ def prompt_search(
         answer=answer,
         model=lambda state: state["best"],
         trains=False,
+        updates=False,
     )
 
 

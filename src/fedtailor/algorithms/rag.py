@@ -1,4 +1,4 @@
-"""Federated retrieval-augmented classification: texts are classified by labelled passages that stay with their owners.
+"""Federated retrieval: texts are classified, or questions answered, by passages that stay with their owners.
 
 A client indexes the embeddings of its own training rows (technique `retriever`). The server sends the embeddings of its queries, each
 client answers with its k nearest rows, and the server merges the answers; labels of the k best vote, with weights softmax(cosine / 0.05).
@@ -14,7 +14,15 @@ merge       scores      by cosine: exactly the k nearest of all rows, as all cli
             calibrated  by (cosine - mean) / deviation over all rows of that client, for each query
             rrf         by 1 / (rrf + rank) in the client's own list. No row is in two lists, so this takes all firsts, then all
                         seconds; among equals the larger cosine comes first
-An answer counts like one more neighbour of its best score whose label is the vote. `train` = true makes each round a round of FedAvg on
+An answer counts like one more neighbour of its best score whose label is the vote.
+
+use         vote        the labels of the k best vote
+            prompt      those of the k best whose text left their client are solved examples before the text, for the technique's
+                        `generator`; the class is the one whose words are likeliest after them (mean log probability a token)
+Without classes the generator always reads: it is judged by the perplexity of the rest of a row after the passages and the row's question.
+It stands beside the server, so only the server's texts are asked for then, and every score is taken without the passages too.
+
+`train` = true makes each round a round of FedAvg on
 the retriever's tree first, with the contrastive loss. Then the server asks its next `queries` test texts, to measure what queries
 cost: nothing is learned from the answers, and no label of a query is read outside of evaluation.
 """
@@ -33,14 +41,31 @@ from torch import Tensor
 
 from fedtailor import wire
 from fedtailor.algorithms.fedavg import fedavg
-from fedtailor.core import SERVER, Algorithm, Ask, ClientId, Examples, Flow, Job, Message, Predict, Site, State, Talk, Tree
+from fedtailor.core import (
+    SERVER,
+    Algorithm,
+    Ask,
+    ClientId,
+    Examples,
+    Flow,
+    Job,
+    Message,
+    Predict,
+    Reader,
+    Site,
+    State,
+    Talk,
+    Told,
+    Tree,
+)
 from fedtailor.errors import ConfigError, one_of
 from fedtailor.losses import TEMPERATURE, contrastive
-from fedtailor.techniques.retriever import embed, smoothed
+from fedtailor.techniques.retriever import embed, questions, smoothed
 from fedtailor.trees import numel
 
 RULES = ("passages", "embeddings", "answers", "nothing")
 MERGES = ("scores", "calibrated", "rrf")
+USES = ("vote", "prompt")
 CLOSE = 1e-5  # cosines nearer than this are equal: a row's embedding depends in its last bits on what shares its batch
 
 
@@ -50,14 +75,15 @@ def rag(
     k: int = 8,
     access: str | list[str] = "passages",
     merge: str = "scores",
+    use: str = "vote",
     rrf: int = 60,
     queries: int = 256,
     train: bool = False,
     weighting: str = "examples",
 ) -> Algorithm:
-    """Federated retrieval: neighbours among all clients' rows vote; `access` says what may leave a client, `merge` how lists meet."""
+    """Federated retrieval: neighbours among all clients' rows vote or are read; `access`: what may leave a client."""
     rules = [access] if isinstance(access, str) else list(access)
-    for name, found, known in (*(("access", rule, RULES) for rule in rules), ("merge", merge, MERGES)):
+    for name, found, known in (*(("access", rule, RULES) for rule in rules), ("merge", merge, MERGES), ("use", use, USES)):
         one_of(f"algorithm.{name}", found, known)
     for name, value in {"k": k, "queries": queries, "rrf": rrf}.items():
         if value < 1:
@@ -66,6 +92,15 @@ def rag(
         raise ConfigError(f"algorithm.access lets nothing leave any client: choose one of: {', '.join(RULES[:3])}")
     if job.loss is not contrastive:
         raise ConfigError("algorithm rag searches by embeddings: set technique.kind = 'retriever'")
+    reader = job.reader
+    without_classes = reader is not None and not reader.labels
+    reads = use == "prompt" or without_classes
+    if reads and reader is None:
+        raise ConfigError("algorithm.use = 'prompt' needs a model that reads: set technique.generator to a causal model")
+    if reads and "passages" not in rules[: job.clients]:
+        raise ConfigError("algorithm.access lets no text leave any client, and a generator reads text: let some give 'passages'")
+    if without_classes and "answers" in rules:
+        raise ConfigError("algorithm.access = 'answers' are votes for classes, and this data has none: choose another")
     library()  # what is missing is told now, not after the first round
     averaged = fedavg(job, weighting=weighting)
 
@@ -96,10 +131,12 @@ def rag(
         own, vectors = yield from indexed(own, msg.body["params"] or site.init, data, rows)
         asked = msg.body["queries"]
         scores, found = top(vectors, asked, k)
-        labels = rows["labels"][found]
-        if rule == "answers":
-            return own, Message("found", {"votes": vote(scores, labels), "best": scores[:, 0].clone()})
-        body: Tree = {"scores": scores, "rows": found.int(), "labels": labels.int()}
+        body: Tree = {"scores": scores, "rows": found.int()}
+        if not without_classes:
+            labels = rows["labels"][found]
+            if rule == "answers":
+                return own, Message("found", {"votes": vote(scores, labels), "best": scores[:, 0].clone()})
+            body["labels"] = labels.int()
         if merge == "calibrated":
             near = asked @ vectors.T
             body |= {"mean": near.mean(1), "deviation": near.std(1, correction=0)}
@@ -112,20 +149,77 @@ def rag(
         return own, Message("found", {**body, "passages": passages})
 
     def judge(own: Tree | None, msg: Message, site: Site) -> Flow:
-        """Compare what was found for this site's test texts with their labels; at the server, also with one index of all rows."""
-        if "votes" not in msg.body:
+        """Compare what was found for this site's test texts with what is right; at the server, also with one index of all rows."""
+        if not msg.body:
             return own, Message("judged", {}, {"n": 0.0})
-        label = everything(site.data["test"])["labels"]
-        votes = msg.body["votes"]
-        votes = F.pad(votes, (0, max(0, int(label.max()) + 1 - votes.shape[1])))
-        nll = -smoothed(votes).gather(1, label[:, None])[:, 0].log()
-        body = {"test": job.tally({"nll": nll, "predicted": votes.argmax(1), "label": label})}
-        info = {"n": float(len(label))}
+        rows = everything(site.data["test"])
+        body = {"test": job.tally(judged(msg.body, rows))}
+        info = {"n": float(len(rows["labels"]))}
+        if "scores" in msg.body and reads:
+            body["without"] = job.tally(judged({"passages": [[]] * len(rows["labels"])}, rows))
         if "scores" in msg.body and len(site.data.get("train", ())):
             outputs = yield Predict(embed, msg.body["params"] or site.init, site.data["train"])
             best, _ = top(outputs["embedding"], msg.body["queries"], k)
             info |= agreement(msg.body["scores"], best)
         return own, Message("judged", body, info)
+
+    def judged(grounds: Tree, rows: Mapping[str, Tensor]) -> Tree:
+        """Outputs as the metric has them."""
+        if without_classes:
+            assert reader
+            asked = zip(grounds["passages"], halves(rows, reader), strict=True)
+            told = [reader.score(passages, question, [answer])[0] for passages, (question, answer) in asked]
+            return {name: torch.tensor([getattr(one, name) for one in told]) for name in Told._fields}
+        label, votes = rows["labels"], chances(grounds, rows)
+        votes = F.pad(votes, (0, max(0, int(label.max()) + 1 - votes.shape[1])))
+        nll = -smoothed(votes).gather(1, label[:, None])[:, 0].log()
+        return {"nll": nll, "predicted": votes.argmax(1), "label": label}
+
+    def chances(grounds: Tree, rows: Mapping[str, Tensor]) -> Tensor:
+        """Shares of the classes, (queries, classes): those of the vote, or softmax of the mean log likelihoods of their names."""
+        if "votes" in grounds:
+            votes: Tensor = grounds["votes"]
+            return votes
+        assert reader
+        asked = zip(grounds["passages"], halves(rows, reader), strict=True)
+        told = [reader.score(passages, f"{question}\n", reader.labels) for passages, (question, _) in asked]
+        return torch.tensor([[-one.nll / max(one.tokens, 1) for one in row] for row in told]).softmax(1)
+
+    def reply(own: Tree | None, msg: Message, site: Site) -> Flow:
+        """What this site's test texts are answered: shares of the classes, or texts."""
+        rows = everything(site.data["test"])
+        if not without_classes:
+            return own, Message("replied", {"scores": chances(msg.body, rows)})
+        assert reader
+        asked = zip(msg.body["passages"], halves(rows, reader), strict=True)
+        return own, Message("replied", {"texts": [reader.write(passages, question) for passages, (question, _) in asked]})
+
+    def grounds_of(hits: Hits, found: Mapping[ClientId, Message]) -> Tree:
+        """What answers rest on, by query: the vote, or what the generator reads."""
+        if not reads:
+            return {"votes": weighed(hits, found)}
+        assert reader
+        texts = {at: reader.read(tokens) for at, tokens in brought(found).items()}
+        places = [list(zip(*both, strict=True)) for both in zip(hits.owners.tolist(), hits.rows.tolist(), strict=True)]
+        words = [[f"\n{reader.labels[i]}\n\n" if reader.labels else "\n\n" for i in row] for row in hits.labels.tolist()]
+        listed = [zip(*row, strict=True) for row in zip(places, words, strict=True)]
+        return {"passages": [[texts[at] + word for at, word in row if at in texts] for row in listed]}
+
+    def consult(state: State, cohort: list[ClientId]) -> Talk:
+        """The server's test texts, answered; a passage is {client, row, score, tokens}, the last None where no text left its
+        client. Where a client's answer counted the row is None too, and the score its best."""
+        params = encoder(state)
+        asked = yield {SERVER: Message("embed", {"params": params})}
+        embeddings = asked[SERVER].body["queries"]
+        found = yield dict.fromkeys(cohort, Message("search", {"params": params, "queries": embeddings}))
+        hits = merged(found, len(embeddings), k, merge, rrf)
+        replied = yield {SERVER: Message("reply", grounds_of(hits, found))}
+        ((name, answers),) = replied[SERVER].body.items()
+        singular = "text" if without_classes else "scores"
+        return [
+            {singular: one, "passages": passages}
+            for one, passages in zip(answers, citations(hits, found, not reads), strict=True)
+        ]
 
     def round(state: State, cohort: list[ClientId]) -> Talk:
         if train:
@@ -143,21 +237,24 @@ def rag(
         """Every client's test texts and the server's are searched for among all clients; an empty cohort (a look between rounds)
         asks the server's alone, of whoever has answered so far."""
         params, sources = encoder(state), cohort or list(state["sources"])
-        asked = yield dict.fromkeys([*cohort, SERVER], Message("embed", {"params": params}))
+        asked = yield dict.fromkeys([SERVER] if reads else [*cohort, SERVER], Message("embed", {"params": params}))
         askers = {c: asked[c].body["queries"] for c in sorted(asked) if "queries" in asked[c].body}
-        letters = dict.fromkeys(asked, Message("judge"))
+        letters = dict.fromkeys([*cohort, SERVER], Message("judge"))
         shares: dict[ClientId, float] = {}
         if askers:
             together, sizes = torch.cat(list(askers.values())), [len(q) for q in askers.values()]
             places = dict(zip(askers, torch.arange(len(together)).split(sizes), strict=True))
             found = (yield dict.fromkeys(sources, Message("search", {"params": params, "queries": together}))) if sources else {}
             hits = merged(found, len(together), k, merge, rrf)
-            votes = weighed(hits, found)
-            letters |= {c: Message("judge", {"votes": votes[rows]}) for c, rows in places.items()}
+            grounds = grounds_of(hits, found)
+            letters |= {
+                c: Message("judge", {name: part[rows[0] : rows[-1] + 1] for name, part in grounds.items()})
+                for c, rows in places.items()
+            }
             if SERVER in places and cohort:
                 rows = places[SERVER]
-                body = {"votes": votes[rows], "scores": hits.scores[rows], "queries": together[rows], "params": params}
-                letters[SERVER] = Message("judge", body)
+                extra = {"scores": hits.scores[rows], "queries": together[rows], "params": params}
+                letters[SERVER] = Message("judge", {**letters[SERVER].body, **extra})
                 shares = {c: float((hits.owners[rows] == i).any(1).double().mean()) for i, c in enumerate(sorted(found))}
         replies = yield letters
         return {c: r._replace(info={**r.info, "cited": shares[c]} if c in shares else r.info) for c, r in replies.items()}
@@ -165,10 +262,12 @@ def rag(
     return Algorithm(
         init=init,
         round=round,
-        client={"train": averaged.client["train"], "embed": embed_queries, "search": search, "judge": judge},
+        client={"train": averaged.client["train"], "embed": embed_queries, "search": search, "judge": judge, "reply": reply},
         answer=answer,
         model=lambda state: state["params"],
         trains=False,  # what `train` needs is checked above
+        updates=False,
+        consult=consult,
     )
 
 
@@ -198,6 +297,18 @@ def everything(data: Examples) -> dict[str, Tensor]:
     return data.batch(range(len(data)), int(max(data.lengths)), len(data))
 
 
+def halves(rows: Mapping[str, Tensor], reader: Reader) -> list[tuple[str, str]]:
+    """(question, the rest) of each row, as texts."""
+    seen, asked = rows["attention_mask"].bool(), questions(rows).bool()
+    out = []
+    for ids, all_of_it, before in zip(rows["input_ids"], seen, asked, strict=True):
+        whole, question = reader.read(ids[all_of_it].tolist()), reader.read(ids[before].tolist())
+        # The rest keeps the space before it, which it would lose if it were read alone.
+        alone = not whole.startswith(question)
+        out.append((question, reader.read(ids[all_of_it & ~before].tolist()) if alone else whole[len(question) :]))
+    return out
+
+
 def indexed(
     own: Tree | None, params: Tree, data: Examples, rows: Mapping[str, Tensor]
 ) -> Generator[Ask, Any, tuple[Tree, Tensor]]:
@@ -223,7 +334,7 @@ class Hits(NamedTuple):
     """Merged lists, the best first; each (queries, up to k)."""
 
     scores: Tensor  # cosines
-    labels: Tensor
+    labels: Tensor  # 0 where there are no classes
     owners: Tensor  # numbers of the clients, in their sorted order
     rows: Tensor  # numbers of the rows at their owners
 
@@ -239,7 +350,8 @@ def merged(found: Mapping[ClientId, Message], queries: int, k: int, merge: str, 
     order = scores.argsort(dim=1, descending=True, stable=True)
     order = order.gather(1, keys.gather(1, order).argsort(dim=1, descending=True, stable=True))[:, :k]
     owners = torch.cat([torch.full_like(body["rows"], i) for i, body in lists], 1)
-    labels, rows = (torch.cat([body[name] for _, body in lists], 1) for name in ("labels", "rows"))
+    rows = torch.cat([body["rows"] for _, body in lists], 1)
+    labels = torch.cat([body.get("labels", torch.zeros_like(body["rows"])) for _, body in lists], 1)
     return Hits(*(t.gather(1, order) for t in (scores, labels.long(), owners.long(), rows.long())))
 
 
@@ -265,6 +377,33 @@ def weighed(hits: Hits, found: Mapping[ClientId, Message]) -> Tensor:
     for i, body in enumerate(answers):
         shares[:, : body["votes"].shape[1]] += torn[:, i : i + 1] * body["votes"]
     return shares
+
+
+def brought(found: Mapping[ClientId, Message]) -> dict[tuple[int, int], list[int]]:
+    """Tokens of the rows whose text left their client, by (owner, row) as `Hits` has them."""
+    out = {}
+    for i, client in enumerate(sorted(found)):
+        if passages := found[client].body.get("passages"):
+            tokens = passages["tokens"].split(passages["lengths"].tolist())
+            out |= {(i, row): ids.tolist() for row, ids in zip(passages["rows"].tolist(), tokens, strict=True)}
+    return out
+
+
+def citations(hits: Hits, found: Mapping[ClientId, Message], voting: bool) -> list[list[Tree]]:
+    """What each query's answer rests on, the best first; with `voting` clients' own answers too."""
+    names, tokens = sorted(found), brought(found)
+    listed: list[list[Tree]] = [
+        [
+            {"client": names[i], "row": row, "score": score, "tokens": tokens.get((i, row))}
+            for i, row, score in zip(*one, strict=True)
+        ]
+        for one in zip(hits.owners.tolist(), hits.rows.tolist(), hits.scores.tolist(), strict=True)
+    ]
+    torn = {c: found[c].body["best"].tolist() for c in names if voting and "best" in found[c].body}
+    return [
+        [*own, *({"client": c, "row": None, "score": best[q], "tokens": None} for c, best in torn.items())]
+        for q, own in enumerate(listed)
+    ]
 
 
 def agreement(scores: Tensor, best: Tensor) -> dict[str, float]:

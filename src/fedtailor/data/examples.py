@@ -69,6 +69,9 @@ class Subset:
         whole[torch.from_numpy(self.rows)] = column
         return Subset(self.source._replace(fixed={**self.source.fixed, name: whole}), self.rows)
 
+    def column(self, name: str) -> Tensor:
+        return self.source.fixed[name][torch.from_numpy(self.rows)]
+
     def batch(self, rows: Sequence[int] | np.ndarray, width: int, size: int) -> dict[str, Tensor]:
         """Tensors of shape (size, width) for ragged columns and (size, ...) for fixed ones.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedtailor.backbone import Backbone, first_token, fork
-from fedtailor.core import TARGETS, Batch, Forward, Loss, Tree
+from fedtailor.core import TARGETS, Batch, Forward, Loss, Reader, Tree
 from fedtailor.metrics import Metric
 
 DELTA = "delta"
@@ -33,6 +33,7 @@ class Technique(NamedTuple):
     takes: int = 0  # positions of the model that it takes from the texts, beside a prompt's or prefix's
     loss: Loss | None = None  # what it is trained with where its outputs are no logits
     metric: Callable[[Metric], Metric] | None = None  # and how they are judged
+    reader: Reader | None = None  # what reads the passages that are found with it
 
 
 def binder(

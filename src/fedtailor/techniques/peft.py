@@ -36,11 +36,12 @@ def lora(
     alpha: float | None = None,
     target: list[str] | None = None,
     dropout: float = 0.0,
+    head: str = "trained",
 ) -> Technique:
     """LoRA on the query and value projections (or on `target`); alpha is twice the rank unless given; ranks may differ."""
     if rank < 1:
         raise ConfigError(f"technique.rank must be at least 1 (got {rank})")
-    return peft(
+    technique = peft(
         backbone,
         peft_type="LORA",
         r=rank,
@@ -48,6 +49,7 @@ def lora(
         lora_dropout=dropout,
         target_modules=targets_of(backbone, QUERY_VALUE, target),
     )
+    return with_head(technique, head)
 
 
 def ia3(backbone: Backbone, target: list[str] | None = None, feedforward: list[str] | None = None) -> Technique:
@@ -61,7 +63,7 @@ def ia3(backbone: Backbone, target: list[str] | None = None, feedforward: list[s
     return peft(backbone, peft_type="IA3", target_modules=modules, feedforward_modules=inner)
 
 
-def prompt(backbone: Backbone, length: int = 10) -> Technique:
+def prompt(backbone: Backbone, length: int = 10, head: str = "trained") -> Technique:
     """A soft prompt: `length` learned input embeddings before the text, started from real tokens."""
     if backbone.kind == "image":
         raise ConfigError("technique 'prompt' needs a text model: use 'prefix' for images")
@@ -75,13 +77,14 @@ def prompt(backbone: Backbone, length: int = 10) -> Technique:
         rows = torch.tensor((words * (size // len(words) + 1))[:size])
         return {**technique.init, PROMPT: table[rows].clone()}
 
-    return technique._replace(kind="prompt", init=sized(length), resized=sized)
+    return with_head(technique._replace(kind="prompt", init=sized(length), resized=sized), head)
 
 
-def prefix(backbone: Backbone, length: int = 10, init: str = "activations") -> Technique:
+def prefix(backbone: Backbone, length: int = 10, init: str = "activations", head: str = "trained") -> Technique:
     """Learned keys and values before those of every layer (Li & Liang, 2101.00190), materialised: no network on the wire.
 
     `init`: "activations" starts from the keys and values of real tokens, "random" from PEFT's unit normal noise.
+    `head`: "frozen" leaves the new head as it was drawn, the same at every client; it is neither trained nor sent.
     """
     one_of("technique.init", init, ("activations", "random"))
     states, modules = keys_and_values(backbone, _length(length))
@@ -100,7 +103,30 @@ def prefix(backbone: Backbone, length: int = 10, init: str = "activations") -> T
         # PEFT's layout: one row a virtual token, layer by layer, keys then values.
         return {**technique.init, PROMPT: found.permute(3, 0, 1, 2, 4).reshape(size, -1).clone()}
 
-    return technique._replace(kind="prefix", init=sized(length), resized=sized)
+    return with_head(technique._replace(kind="prefix", init=sized(length), resized=sized), head)
+
+
+def of_head(name: str) -> bool:
+    """Whether the tensor of this name belongs to the head that maps features to classes."""
+    return any(part in HEADS for part in name.split("."))
+
+
+def with_head(technique: Technique, head: str) -> Technique:
+    """The technique with its head trained, or frozen at its random start: then no tensor of it is in the tree.
+
+    Raises:
+        ConfigError: neither "trained" nor "frozen"; frozen, but the model has none.
+    """
+    one_of("technique.head", head, ("trained", "frozen"))
+    if head == "trained":
+        return technique
+    if not any(map(of_head, technique.init)):
+        raise ConfigError("technique.head = 'frozen', but this model has no classification head: leave it out")
+
+    def bare(tree: Tree) -> Tree:
+        return {name: t for name, t in tree.items() if not of_head(name)}
+
+    return technique._replace(init=bare(technique.init), resized=lambda size: bare(technique.resized(size)))
 
 
 def _through_attention(backbone: Backbone, modules: list[nn.Module], sizes: dict[str, int]) -> Technique:

@@ -3,6 +3,10 @@
 The forward is the mean of the last hidden states over a text's tokens, scaled to length 1, as sentence-transformers' all-MiniLM-L6-v2
 reads its encoder: (batch, width), so that inner products are cosines. `rank` = 0 trains nothing; else LoRA on query and value is
 trained, by any algorithm that averages trees, with the supervised contrastive loss. There is no classification head.
+
+Data without classes: what is embedded of a row is its question, which is the instruction, or the first half of a text that has none (a
+passage is looked up by its beginning and read whole, as in RETRO, arXiv 2112.04426). `generator` names a causal model that reads
+what was found (generator.py); without classes there is no other way to answer.
 """
 
 from __future__ import annotations
@@ -17,23 +21,35 @@ from torch import Tensor
 
 from fedtailor.backbone import Backbone
 from fedtailor.core import Batch, Forward, Tree
+from fedtailor.data.examples import IGNORED
 from fedtailor.errors import ConfigError
 from fedtailor.losses import TEMPERATURE, contrastive
 from fedtailor.metrics import Metric
 from fedtailor.techniques.base import Technique, binder, pooled
 from fedtailor.techniques.full import write_model
+from fedtailor.techniques.generator import reader
 from fedtailor.techniques.peft import QUERY_VALUE, peft, targets_of
 
 SMALL = 1e-3  # what a class keeps that no neighbour has, so that a loss is finite (ours)
 CHUNK = 1024  # rows compared with all others at a time
 
 
-def retriever(backbone: Backbone, rank: int = 0, alpha: float | None = None) -> Technique:
-    """Sentence embeddings for retrieval; rank 0 is the frozen encoder, else LoRA on query and value (alpha: twice the rank)."""
-    if backbone.kind != "text":
-        raise ConfigError(f"technique 'retriever' embeds texts with classes: this is {backbone.kind} data, use technique 'lora'")
+def retriever(
+    backbone: Backbone, rank: int = 0, alpha: float | None = None, generator: str = "", new_tokens: int = 40
+) -> Technique:
+    """Embeddings for retrieval: frozen (rank 0), or LoRA on query and value (alpha: 2 rank); `generator` reads what is found."""
+    if backbone.kind == "image":
+        raise ConfigError("technique 'retriever' embeds texts: this is image data, use technique 'lora'")
     if rank < 0:
         raise ConfigError(f"technique.rank must be at least 0 (got {rank})")
+    if backbone.kind != "text" and rank:
+        raise ConfigError(
+            f"technique.rank = {rank}: a retriever learns from classes, and {backbone.kind} data has none: set it to 0"
+        )
+    if backbone.kind != "text" and not generator:
+        raise ConfigError(
+            f"technique 'retriever' on {backbone.kind} data needs something that answers: set technique.generator to a causal model"
+        )
     # The encoder alone, and all of its last layer: a mean reads every token.
     base: Any = backbone.model.base_model
     encoder = backbone._replace(model=base, unread=None)
@@ -53,12 +69,25 @@ def retriever(backbone: Backbone, rank: int = 0, alpha: float | None = None) -> 
 
         return forward
 
-    return inner._replace(kind="retriever", bind=bind, loss=contrastive, metric=by_neighbour)
+    reads = reader(generator, backbone, new_tokens) if generator else None
+    judged = by_neighbour if backbone.kind == "text" else unjudged
+    return inner._replace(kind="retriever", bind=bind, loss=contrastive, metric=judged, reader=reads)
 
 
 def embed(forward: Forward, params: Tree, batch: Batch) -> Tree:
-    """Rows of {embedding}, for Predict."""
-    return {"embedding": forward(params, batch)}
+    """Rows of {embedding}, for Predict: those of their questions."""
+    return {"embedding": forward(params, {**batch, "attention_mask": questions(batch)})}
+
+
+def questions(batch: Batch) -> Tensor:
+    """Which tokens a row is looked up by, (rows, width) of 0 and 1: all of a text with a class, the instruction (what is before the
+    tokens that count), or the first half."""
+    mask, labels = batch["attention_mask"], batch["labels"]
+    if labels.dim() == 1:
+        return mask
+    before = mask * (labels == IGNORED)
+    half = torch.arange(mask.shape[1], device=mask.device) < (mask.sum(1, keepdim=True) + 1) // 2
+    return torch.where(before.any(1, keepdim=True), before, mask * half)
 
 
 def smoothed(shares: Tensor) -> Tensor:
@@ -77,6 +106,15 @@ def by_neighbour(metric: Metric) -> Metric:
         return metric.tally(outputs if "predicted" in outputs else _left_out(outputs["embedding"], outputs["label"]))
 
     return metric._replace(judge=judge, tally=tally)
+
+
+def unjudged(metric: Metric) -> Metric:
+    """The metric of what is made from embeddings; they themselves say nothing that could be right."""
+
+    def judge(forward: Forward, params: Tree, batch: Batch) -> Tree:
+        raise ConfigError("a retriever without classes has no score of its own: set algorithm.kind = 'rag'")
+
+    return metric._replace(judge=judge)
 
 
 def _left_out(embeddings: Tensor, labels: Tensor) -> Tree:

@@ -152,9 +152,12 @@ class Words:
 
     def answer(self, after: str, text: str) -> list[int]:
         """The tokens of a class's text where it follows `after`: tokenizers treat a word's first letter by what is before it."""
-        context = after.rstrip() or "a"
-        known, whole = self.tokens(context), self.tokens(f"{context} {text}")
-        return whole[len(known) :] if whole[: len(known)] == known and len(whole) > len(known) else self.tokens(text)
+        return self.following(after.rstrip() or "a", f" {text}")
+
+    def following(self, before: str, text: str) -> list[int]:
+        """The tokens that `text` adds to those of `before`; its own where they would change."""
+        known, whole = self.tokens(before), self.tokens(before + text)
+        return whole[len(known) :] if whole[: len(known)] == known and len(whole) > len(known) else self.tokens(text.strip())
 
     def answers(self, tree: Mapping[str, Any]) -> list[list[list[int]]]:
         """For each class the tokens of each of its alternatives."""
