@@ -35,7 +35,7 @@ def test_concepts_shows_the_example_file_word_for_word() -> None:
     assert shown.group(1).strip() in (ROOT / "docs/examples/fedmedian.py").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.toml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").rglob("*.toml")), ids=lambda p: p.stem)
 def test_every_experiment_file_is_valid(path: Path) -> None:
     assert load(path).rounds > 0
 

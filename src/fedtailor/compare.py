@@ -29,6 +29,7 @@ MEASURES = (
     "trainable_parameters",
     "flops_per_example",
     "forward_flops_per_example",
+    "flops_total",
     "peak_memory_bytes",
     "seconds",
     "simulated_seconds",
@@ -360,6 +361,9 @@ def _number(cell: dict[str, float] | None, unit: float, digits: int = 1) -> str:
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, dict) and "kind" in value:
-        return " ".join([str(value["kind"]), *(str(v) for k, v in value.items() if k != "kind")])
+    """A value as a part of a title: partitions by kind and options, devices by name."""
+    if isinstance(value, dict) and ("kind" in value or "name" in value):
+        return str(value["name"]) if "name" in value else " ".join(str(v) for v in value.values())
+    if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
+        return " + ".join(map(_short, value))
     return json.dumps(value) if isinstance(value, dict | list) else str(value)
