@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from fedtailor.compare import bytes_to, cases, compare
+from fedtailor.cases import cases
+from fedtailor.compare import bytes_to, compare
 from fedtailor.config import Experiment, parse
 from fedtailor.errors import ConfigError, RunError
 from fedtailor.run import Watch

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from fedtailor.compare import cases, interval
+from fedtailor.cases import cases
+from fedtailor.compare import interval
 from fedtailor.config import load
 from fedtailor.run import run
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 import json
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fedtailor import wire
-from fedtailor.config import Experiment, assign, parse
+from fedtailor.cases import Case, cases, titled
+from fedtailor.config import Experiment
 from fedtailor.errors import ConfigError, RunError
-from fedtailor.folder import EXPERIMENT, ROUNDS, SUMMARY, plain, stored, written
+from fedtailor.folder import EXPERIMENT, ROUNDS, SUMMARY, plain, stored
 from fedtailor.run import Watch, run
 
 COMPARISON = "compare.json"
@@ -34,139 +32,6 @@ MEASURES = (
     "seconds",
     "simulated_seconds",
 )
-
-
-class Case(NamedTuple):
-    name: str  # what distinguishes it: "technique.kind=lora", "pooled"
-    seed: int
-    values: dict[str, Any]  # the experiment
-    choices: list[dict[str, Any]]  # dotted keys and values, one of which validation data chooses; [{}] without `choose`
-    changes: dict[str, Any] = {}  # dotted keys and values that make it this case
-    pooled: str | None = None  # the case that trains the same where the data is pooled
-
-    def experiment(self, choice: dict[str, Any]) -> Experiment:
-        values = copy.deepcopy(self.values)
-        for key, value in choice.items():
-            assign(values, key.split("."), value)
-        return parse(values, where=f"compare case '{self.name}'")
-
-    def folder(self, choice: dict[str, Any]) -> Path:
-        parts = [self.name, *([_titled(choice)] if choice else []), f"seed-{self.seed}"]
-        return Path(*(re.sub(r"[^\w.=\-]+", "_", part) for part in parts))
-
-
-EXCHANGED = ("algorithm", "filters", "clients.devices")
-TRAINED = ("technique", "train", "rounds", "clients.ranks", "clients.lengths", "clients.kinds")
-NOT_FOR = {  # keys that mean nothing to a baseline
-    "pooled": (*EXCHANGED, "clients.kinds", "clients.partition"),
-    "local": EXCHANGED,
-    "zero-shot": (*EXCHANGED, *TRAINED, "clients.partition"),
-}
-WITHOUT_GRADIENTS = ("prompt-search", "rag")  # pooled, they are the same algorithm with one client that has everything
-ONE_CLIENT = ("filters", "clients.devices", "clients.partition", "clients.per_round", "clients.count")
-WORDS = ("name", "choose", "baselines")  # of a table of compare.sets, beside dotted keys
-
-
-def cases(experiment: Experiment) -> Iterator[Case]:
-    """Every combination of `compare.vary` (or each table of `compare.sets`), each followed by its baselines, for the first seed; then
-    the same for the other seeds.
-
-    Raises:
-        ConfigError: a varied key that does not exist, or a value that it cannot have.
-    """
-    section = experiment.compare
-    grid = _grid(section.vary, "vary")
-    variants = [(one, other) for one in section.sets or [{}] for other in grid]
-    for seed in section.seeds or [experiment.seed]:
-        seen: dict[str, str] = {}
-        for one, other in variants:
-            yield from _variant(experiment, one, other, seed, seen)
-
-
-def _variant(
-    experiment: Experiment, one: dict[str, Any], other: dict[str, Any], seed: int, seen: dict[str, str]
-) -> Iterator[Case]:
-    """The case of one table of `compare.sets` with one combination of `compare.vary`, and its baselines; `seen` keeps the title that
-    an experiment got, as techniques may share a baseline."""
-    section = experiment.compare
-    changes = {**{k: v for k, v in one.items() if k not in WORDS}, **other}
-    chosen, baselines = one.get("choose", {}), one.get("baselines", section.baselines)
-    if "seed" in changes:
-        raise ConfigError("compare: seeds are varied by compare.seeds, a list, so that each case has them all")
-    if not isinstance(chosen, dict) or not all(isinstance(v, list) for v in chosen.values()):
-        raise ConfigError('compare.sets: write choose as { "train.lr" = [0.001, 0.01] }')
-    if not isinstance(baselines, list) or not set(baselines) <= set(section.baselines):
-        raise ConfigError("compare.sets: baselines is a list of some of compare.baselines")
-    choices = _grid({**section.choose, **chosen}, "choose")
-    if len(choices) > 1 and not (experiment.evaluate.every and experiment.clients.valid):
-        raise ConfigError("compare.choose needs validation data: set clients.valid above 0 and evaluate.every to 1 or more")
-    kind = str(changes.get("algorithm.kind", experiment.algorithm.kind))
-    found: dict[str, Case] = {}
-    fresh: list[str] = []
-    for algorithm in (None, *(b for b in baselines if b in NOT_FOR)):
-        alone = algorithm == "pooled" and kind in WITHOUT_GRADIENTS
-        drop = ONE_CLIENT if alone else NOT_FOR.get(algorithm or "", ())
-        own = {k: v for k, v in changes.items() if not k.startswith(drop)}
-        options = _unlike({k: v for k, v in c.items() if not k.startswith(drop)} for c in choices)
-        values = written(experiment)
-        values.pop("compare")
-        values["seed"] = seed
-        for key, value in own.items():
-            assign(values, key.split("."), value)
-        if algorithm:
-            _as_baseline(values, algorithm, alone)
-        words = [algorithm, one.get("name"), _titled({k: v for k, v in own.items() if k in other or "name" not in one})]
-        title = ", ".join(str(word) for word in words if word) or kind
-        same = json.dumps([values, options], sort_keys=True)
-        if same not in seen:
-            if title in seen.values():
-                raise ConfigError(f"compare.sets: two cases would be called '{title}': give them a name each")
-            seen[same] = title
-            fresh.append(algorithm or "")
-        changed = {**own, "algorithm.kind": algorithm} if algorithm and not alone else own
-        found[algorithm or ""] = Case(seen[same], seed, values, options, changed)
-    for key in fresh:
-        case = found[key]._replace(pooled=found["pooled"].name if "pooled" in found and not key else None)
-        for choice in case.choices:
-            case.experiment(choice)  # a bad key is known before the first run
-        yield case
-
-
-def _as_baseline(values: dict[str, Any], algorithm: str, alone: bool) -> None:
-    """Make these values those of a baseline; `alone`: of the same algorithm with one client."""
-    values["filters"] = {}
-    for key in ("devices", "deadline"):
-        values["clients"].pop(key, None)
-    if alone:
-        values["clients"] |= {"count": 1, "partition": {"kind": "iid"}}
-        values["clients"].pop("per_round", None)
-        return
-    values["algorithm"] = {"kind": algorithm}
-    if algorithm in ("pooled", "zero-shot"):
-        values["clients"]["kinds"] = []
-    if algorithm == "zero-shot":
-        ours = values["technique"] if values["technique"]["kind"] == "template" else {"kind": "template"}
-        values |= {"technique": ours, "rounds": 1}
-        values["clients"] |= {"ranks": [], "lengths": []}
-
-
-def _grid(values: dict[str, list[Any]], where: str) -> list[dict[str, Any]]:
-    for key, options in values.items():
-        if not options:
-            raise ConfigError(f"compare.{where}: '{key}' has no values: list some or leave it out")
-    return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
-
-
-def _unlike(choices: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    out: list[dict[str, Any]] = []
-    for choice in choices:
-        if choice not in out:
-            out.append(choice)
-    return out
-
-
-def _titled(changes: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={_short(value)}" for key, value in changes.items())
 
 
 def compare(
@@ -190,7 +55,7 @@ def compare(
         folder, wanted = out / case.folder(choice), case.experiment(choice)
         summary = finished(folder, wanted)
         if summary is None:
-            title = f"{case.name}{', ' if choice else ''}{_titled(choice)} (seed {case.seed})"
+            title = f"{case.name}{', ' if choice else ''}{titled(choice)} (seed {case.seed})"
             watched = watch(title, wanted.rounds)
             try:
                 summary = run(wanted, folder, resume=(folder / EXPERIMENT).exists(), watch=watched)
@@ -221,7 +86,7 @@ def compare(
             candidates = case.choices if len(case.choices) > 1 else []
             tried = [{**choice, **_validation(done(case, choice, candidate=True))} for choice in candidates]
             if tried and not any(t["rank"] for t in tried):
-                names = "; ".join(map(_titled, candidates))
+                names = "; ".join(map(titled, candidates))
                 raise RunError(f"compare case '{case.name}': every value of compare.choose diverges ({names}): list others")
             best = max(range(len(tried)), key=lambda i: tried[i]["rank"]) if tried else 0
             chosen[case.name] = case.choices[best], [{k: v for k, v in t.items() if k != "rank"} for t in tried]
@@ -343,7 +208,7 @@ def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     )
     body = []
     for r in rows:
-        name = f"{r['name']} ({_titled(r['chosen'])} chosen)" if r.get("chosen") else r["name"]
+        name = f"{r['name']} ({titled(r['chosen'])} chosen)" if r.get("chosen") else r["name"]
         cells = [*(_score(r.get(m)) for m in scores.values()), *(_number(r.get(m), unit) for m, unit in sizes.values())]
         body.append([name, *cells, _number(r.get("trainable_parameters"), 1, 0), _number(r.get("seconds"), 1)])
     return ["case", *scores, *sizes, "trained", "s"], body
@@ -358,12 +223,3 @@ def _score(cell: dict[str, float] | None) -> str:
 
 def _number(cell: dict[str, float] | None, unit: float, digits: int = 1) -> str:
     return "-" if cell is None else f"{cell['mean'] / unit:,.{digits}f}"
-
-
-def _short(value: Any) -> str:
-    """A value as a part of a title: partitions by kind and options, devices by name."""
-    if isinstance(value, dict) and ("kind" in value or "name" in value):
-        return str(value["name"]) if "name" in value else " ".join(str(v) for v in value.values())
-    if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
-        return " + ".join(map(_short, value))
-    return json.dumps(value) if isinstance(value, dict | list) else str(value)
