@@ -52,8 +52,8 @@ def load(
 ) -> Backbone:
     """The frozen model for data of this kind; a head that the checkpoint lacks is drawn from the seed.
 
-    With `reads_words` classes are told in words: a causal checkpoint keeps its language head. With `embeds` texts without classes
-    need no head at all: any encoder will do.
+    With `reads_words` classes are told in words: a causal checkpoint keeps its language head. With `embeds` every token is
+    read and no head is: any encoder will do for texts without classes.
 
     Raises:
         DataError: no such model, a folder without configuration or weights, broken weights, an unreachable hub, a wrong
@@ -74,7 +74,7 @@ def load(
     extra: dict[str, Any] = {}
     if kind == "text" and reads_words and _is_causal(source, config):
         auto["text"] = AutoModelForCausalLM
-    elif kind in auto:
+    elif kind in ("text", "image"):
         if config.labels and config.labels < len(labels):
             raise ConfigError(f"model.labels = {config.labels}: the data has {len(labels)} classes; leave it out")
         extra = {"num_labels": config.labels or len(labels), "ignore_mismatched_sizes": True}
@@ -100,7 +100,7 @@ def load(
         model.config.get_text_config().pad_token_id = processor.pad_token_id
     model.requires_grad_(False).eval().to(device)
     backbone = Backbone(model, processor, kind, source, labels)
-    return backbone._replace(unread=where_others_go_unread(backbone)) if extra and not reads_words else backbone
+    return backbone._replace(unread=where_others_go_unread(backbone)) if extra and not (reads_words or embeds) else backbone
 
 
 def _is_causal(source: str, config: ModelSection) -> bool:

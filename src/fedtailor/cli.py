@@ -129,7 +129,7 @@ def predict(
     client: Annotated[str | None, typer.Option("--client", help="Use this client's personal model.")] = None,
     as_json: As_json = False,
 ) -> None:
-    """Label texts or images, or continue texts, with a run's model."""
+    """Label texts or images, or continue texts, with a run's model; after retrieval, with the passages cited by client."""
     from fedtailor.predict import predict as label
 
     found = label(run, texts, client)
@@ -139,6 +139,8 @@ def predict(
     for one in found:
         best = f"{max(one['scores']):.3f}" if one["scores"] else ""
         print(f"{one['label']}\t{best}\t{one['text']}")
+        for number, passage in enumerate(one.get("passages", []), 1):
+            print(_cited(number, passage))
 
 
 @app.command()
@@ -246,6 +248,7 @@ def _free(folder: Path, resume: bool) -> Path:
 def _summary_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     shown = {
         f"global test ({summary['metric']})": ("global_test", "{:.4f}"),
+        "without retrieval": ("without_retrieval", "{:.4f}"),
         "clients' mean": ("clients_mean", "{:.4f}"),
         "clients' worst decile": ("clients_worst_decile", "{:.4f}"),
         "majority class": ("majority", "{:.4f}"),
@@ -263,6 +266,15 @@ def _summary_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]
         if value is not None:
             rows.append([title, form.format(value // 1_000_000 if key == "peak_memory_bytes" else value)])
     return ["measure", "value"], rows
+
+
+def _cited(number: int, passage: dict[str, Any], width: int = 100) -> str:
+    """A passage that an answer rests on, in one line; what stays with its client is left out."""
+    name, row, text = passage["client"], passage["row"], passage["text"]
+    client = name if name.startswith("client") else f"client {name}"
+    line = f"  [{number}] {client}" + (f", row {row}" if row is not None else "") + f", {passage['score']:.2f}"
+    line += f": {' '.join(text.split())}" if text is not None else ""
+    return line if len(line) <= width else f"{line[: width - 3]}..."
 
 
 def _console() -> Console:

@@ -203,10 +203,12 @@ class Told(NamedTuple):
 class Reader(NamedTuple):
     """A language model beside the server that reads passages, the nearest first; the furthest are left out where they do not fit."""
 
-    labels: list[str]  # what a class is called; none where the data has no classes
-    read: Callable[[list[int]], str]  # tokens of the experiment's own model -> text
-    score: Callable[[Sequence[str], str, Sequence[str]], list[Told]]  # (passages, question, answers): each answer after both
-    write: Callable[[Sequence[str], str], str]  # (passages, question) -> an answer
+    labels: Sequence[str] = ()  # what a class is called; none where the data has no classes
+    read: Callable[[list[int]], str] = lambda tokens: ""  # tokens of the experiment's own model -> text
+    score: Callable[[Sequence[str], str, Sequence[str]], list[Told]] = (
+        lambda passages, question, answers: []
+    )  # each answer after both
+    write: Callable[[Sequence[str], str], str] = lambda passages, question: ""  # an answer
 
 
 class Job(NamedTuple):

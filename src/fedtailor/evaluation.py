@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,8 @@ def evaluate(world: World, engine: Local, state: Tree, number: int) -> dict[str,
     scores = sorted(own.values(), reverse=world.metric.better(0.0, 1.0))
     # What an algorithm measures beside the metric (retrieval) is in the information about the judged.
     told = {name: v for name, v in replies[SERVER].info.items() if name != "n"} if SERVER in replies else {}
+    if SERVER in replies and "without" in replies[SERVER].body:
+        told["without_retrieval"] = value(replies[SERVER].body["without"])
     cited = {c: r.info["cited"] for c, r in sorted(replies.items()) if "cited" in r.info}
     decile = scores[: max(1, round(len(scores) / 10))]
     return {
@@ -80,6 +84,17 @@ def judge_again(out: Path) -> dict[str, Any]:
     Raises:
         ConfigError, RunError: as `reopen`; RunError also where the temporary folder is full. DataError: the data cannot be read.
     """
+    with gathered(out) as (world, engine, state):
+        scores: dict[str, Any] = defined(evaluate(world, engine, state, world.experiment.rounds))
+        return scores
+
+
+@contextlib.contextmanager
+def gathered(out: Path) -> Iterator[tuple[World, Local, Tree]]:
+    """The clients of a run again, with their data, an engine to converse with them, and the last checkpoint's state.
+
+    Raises: as `judge_again`.
+    """
     experiment, state, states = checkpoint(out)
     world, nothing = build(experiment), chain([])
     with writing():
@@ -88,7 +103,6 @@ def judge_again(out: Path) -> dict[str, Any]:
             stacked=experiment.engine.stacked,
         )  # fmt: skip
         try:
-            scores: dict[str, Any] = defined(evaluate(world, engine, state, experiment.rounds))
-            return scores
+            yield world, engine, state
         finally:
             engine.close()

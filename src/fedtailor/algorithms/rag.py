@@ -22,9 +22,9 @@ use         vote        the labels of the k best vote
 Without classes the generator always reads: it is judged by the perplexity of the rest of a row after the passages and the row's question.
 It stands beside the server, so only the server's texts are asked for then, and every score is taken without the passages too.
 
-`train` = true makes each round a round of FedAvg on
-the retriever's tree first, with the contrastive loss. Then the server asks its next `queries` test texts, to measure what queries
-cost: nothing is learned from the answers, and no label of a query is read outside of evaluation.
+`train` = true makes each round a round of FedAvg on the retriever's tree first, with the contrastive loss. Then the server asks its next
+`queries` test texts, to measure what queries cost: nothing is learned from the answers, and no label of a query is read outside of
+evaluation.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from torch import Tensor
 
 from fedtailor import wire
 from fedtailor.algorithms.fedavg import fedavg
+from fedtailor.algorithms.reading import answered, likelihoods, shown, written
 from fedtailor.core import (
     SERVER,
     Algorithm,
@@ -55,12 +56,11 @@ from fedtailor.core import (
     Site,
     State,
     Talk,
-    Told,
     Tree,
 )
 from fedtailor.errors import ConfigError, one_of
 from fedtailor.losses import TEMPERATURE, contrastive
-from fedtailor.techniques.retriever import embed, questions, smoothed
+from fedtailor.techniques.retriever import embed, smoothed
 from fedtailor.trees import numel
 
 RULES = ("passages", "embeddings", "answers", "nothing")
@@ -92,10 +92,10 @@ def rag(
         raise ConfigError(f"algorithm.access lets nothing leave any client: choose one of: {', '.join(RULES[:3])}")
     if job.loss is not contrastive:
         raise ConfigError("algorithm rag searches by embeddings: set technique.kind = 'retriever'")
-    reader = job.reader
-    without_classes = reader is not None and not reader.labels
-    reads = use == "prompt" or without_classes
-    if reads and reader is None:
+    reader = job.reader or Reader()
+    without_classes = job.reader is not None and not reader.labels
+    reads, answer_name = use == "prompt" or without_classes, "text" if without_classes else "scores"
+    if reads and job.reader is None:
         raise ConfigError("algorithm.use = 'prompt' needs a model that reads: set technique.generator to a causal model")
     if reads and "passages" not in rules[: job.clients]:
         raise ConfigError("algorithm.access lets no text leave any client, and a generator reads text: let some give 'passages'")
@@ -166,60 +166,48 @@ def rag(
     def judged(grounds: Tree, rows: Mapping[str, Tensor]) -> Tree:
         """Outputs as the metric has them."""
         if without_classes:
-            assert reader
-            asked = zip(grounds["passages"], halves(rows, reader), strict=True)
-            told = [reader.score(passages, question, [answer])[0] for passages, (question, answer) in asked]
-            return {name: torch.tensor([getattr(one, name) for one in told]) for name in Told._fields}
+            return answered(reader, grounds["passages"], rows)
         label, votes = rows["labels"], chances(grounds, rows)
         votes = F.pad(votes, (0, max(0, int(label.max()) + 1 - votes.shape[1])))
         nll = -smoothed(votes).gather(1, label[:, None])[:, 0].log()
         return {"nll": nll, "predicted": votes.argmax(1), "label": label}
 
     def chances(grounds: Tree, rows: Mapping[str, Tensor]) -> Tensor:
-        """Shares of the classes, (queries, classes): those of the vote, or softmax of the mean log likelihoods of their names."""
-        if "votes" in grounds:
-            votes: Tensor = grounds["votes"]
-            return votes
-        assert reader
-        asked = zip(grounds["passages"], halves(rows, reader), strict=True)
-        told = [reader.score(passages, f"{question}\n", reader.labels) for passages, (question, _) in asked]
-        return torch.tensor([[-one.nll / max(one.tokens, 1) for one in row] for row in told]).softmax(1)
+        """Shares of the classes, (queries, classes)."""
+        shares: Tensor = likelihoods(reader, grounds["passages"], rows).softmax(1) if reads else grounds["votes"]
+        return shares
 
     def reply(own: Tree | None, msg: Message, site: Site) -> Flow:
-        """What this site's test texts are answered: shares of the classes, or texts."""
+        """What this site's test texts are answered: a text each, or shares of the classes."""
         rows = everything(site.data["test"])
-        if not without_classes:
-            return own, Message("replied", {"scores": chances(msg.body, rows)})
-        assert reader
-        asked = zip(msg.body["passages"], halves(rows, reader), strict=True)
-        return own, Message("replied", {"texts": [reader.write(passages, question) for passages, (question, _) in asked]})
+        if without_classes:
+            return own, Message("replied", {answer_name: written(reader, msg.body["passages"], rows)})
+        return own, Message("replied", {answer_name: chances(msg.body, rows)})
+        yield  # a handler is a generator, also one that asks for nothing
 
     def grounds_of(hits: Hits, found: Mapping[ClientId, Message]) -> Tree:
         """What answers rest on, by query: the vote, or what the generator reads."""
         if not reads:
             return {"votes": weighed(hits, found)}
-        assert reader
         texts = {at: reader.read(tokens) for at, tokens in brought(found).items()}
-        places = [list(zip(*both, strict=True)) for both in zip(hits.owners.tolist(), hits.rows.tolist(), strict=True)]
-        words = [[f"\n{reader.labels[i]}\n\n" if reader.labels else "\n\n" for i in row] for row in hits.labels.tolist()]
-        listed = [zip(*row, strict=True) for row in zip(places, words, strict=True)]
-        return {"passages": [[texts[at] + word for at, word in row if at in texts] for row in listed]}
+        labels = reader.labels or [""]
+        passages = [
+            [shown(texts[owner, row], labels[label]) for _, label, owner, row in one if (owner, row) in texts]
+            for one in listed(hits)
+        ]
+        return {"passages": passages}
 
     def consult(state: State, cohort: list[ClientId]) -> Talk:
-        """The server's test texts, answered; a passage is {client, row, score, tokens}, the last None where no text left its
-        client. Where a client's answer counted the row is None too, and the score its best."""
+        """Answers to the server's test texts; a passage is {client, row, score, tokens}, without tokens where no text left its
+        client. Where a client answered itself and was counted, it is cited without a row, with its best score."""
         params = encoder(state)
         asked = yield {SERVER: Message("embed", {"params": params})}
         embeddings = asked[SERVER].body["queries"]
         found = yield dict.fromkeys(cohort, Message("search", {"params": params, "queries": embeddings}))
         hits = merged(found, len(embeddings), k, merge, rrf)
         replied = yield {SERVER: Message("reply", grounds_of(hits, found))}
-        ((name, answers),) = replied[SERVER].body.items()
-        singular = "text" if without_classes else "scores"
-        return [
-            {singular: one, "passages": passages}
-            for one, passages in zip(answers, citations(hits, found, not reads), strict=True)
-        ]
+        answers, cited = replied[SERVER].body[answer_name], citations(hits, found, not reads)
+        return [{answer_name: one, "passages": passages} for one, passages in zip(answers, cited, strict=True)]
 
     def round(state: State, cohort: list[ClientId]) -> Talk:
         if train:
@@ -297,18 +285,6 @@ def everything(data: Examples) -> dict[str, Tensor]:
     return data.batch(range(len(data)), int(max(data.lengths)), len(data))
 
 
-def halves(rows: Mapping[str, Tensor], reader: Reader) -> list[tuple[str, str]]:
-    """(question, the rest) of each row, as texts."""
-    seen, asked = rows["attention_mask"].bool(), questions(rows).bool()
-    out = []
-    for ids, all_of_it, before in zip(rows["input_ids"], seen, asked, strict=True):
-        whole, question = reader.read(ids[all_of_it].tolist()), reader.read(ids[before].tolist())
-        # The rest keeps the space before it, which it would lose if it were read alone.
-        alone = not whole.startswith(question)
-        out.append((question, reader.read(ids[all_of_it & ~before].tolist()) if alone else whole[len(question) :]))
-    return out
-
-
 def indexed(
     own: Tree | None, params: Tree, data: Examples, rows: Mapping[str, Tensor]
 ) -> Generator[Ask, Any, tuple[Tree, Tensor]]:
@@ -381,7 +357,7 @@ def weighed(hits: Hits, found: Mapping[ClientId, Message]) -> Tensor:
 
 def brought(found: Mapping[ClientId, Message]) -> dict[tuple[int, int], list[int]]:
     """Tokens of the rows whose text left their client, by (owner, row) as `Hits` has them."""
-    out = {}
+    out: dict[tuple[int, int], list[int]] = {}
     for i, client in enumerate(sorted(found)):
         if passages := found[client].body.get("passages"):
             tokens = passages["tokens"].split(passages["lengths"].tolist())
@@ -389,21 +365,21 @@ def brought(found: Mapping[ClientId, Message]) -> dict[tuple[int, int], list[int
     return out
 
 
+def listed(hits: Hits) -> list[list[tuple[float, int, int, int]]]:
+    """By query: (score, label, owner, row), the best first."""
+    return [list(zip(*one, strict=True)) for one in zip(*(part.tolist() for part in hits), strict=True)]
+
+
 def citations(hits: Hits, found: Mapping[ClientId, Message], voting: bool) -> list[list[Tree]]:
-    """What each query's answer rests on, the best first; with `voting` clients' own answers too."""
+    """What each query's answer rests on, the best first; with `voting` the clients' own answers after that."""
     names, tokens = sorted(found), brought(found)
-    listed: list[list[Tree]] = [
-        [
-            {"client": names[i], "row": row, "score": score, "tokens": tokens.get((i, row))}
-            for i, row, score in zip(*one, strict=True)
-        ]
-        for one in zip(hits.owners.tolist(), hits.rows.tolist(), hits.scores.tolist(), strict=True)
-    ]
     torn = {c: found[c].body["best"].tolist() for c in names if voting and "best" in found[c].body}
-    return [
-        [*own, *({"client": c, "row": None, "score": best[q], "tokens": None} for c, best in torn.items())]
-        for q, own in enumerate(listed)
-    ]
+    out: list[list[Tree]] = []
+    for q, one in enumerate(listed(hits)):
+        rows = [{"client": names[i], "row": row, "score": score, "tokens": tokens.get((i, row))} for score, _, i, row in one]
+        own = sorted(((best[q], client) for client, best in torn.items()), reverse=True)
+        out.append([*rows, *({"client": client, "row": None, "score": score, "tokens": None} for score, client in own)])
+    return out
 
 
 def agreement(scores: Tensor, best: Tensor) -> dict[str, float]:

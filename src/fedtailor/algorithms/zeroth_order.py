@@ -82,6 +82,7 @@ def zeroth_order(
         client={"train": train, "answer": judged},
         answer=answer,
         model=params_of,
+        updates=False,
     )
 
 

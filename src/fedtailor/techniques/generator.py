@@ -6,6 +6,7 @@ few positions for all; a question that is too long even alone loses its beginnin
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -41,25 +42,21 @@ def reader(name: str, encoder: Backbone, new_tokens: int) -> Reader:
             "name one that continues texts"
         )
     words = Words(backbone.processor)
-    # Positions that are computed have no table: what the model was made for is the bound then.
-    limit = positions(backbone) or getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-    def cut(answer: int) -> int:
-        """How many of so many tokens an answer may have."""
-        return answer if limit is None else min(answer, limit // 2)
+    # Positions that are computed have no table: what the model was made for is the bound then, if it says so.
+    limit = positions(backbone) or getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    longest = limit // 2  # that an answer may be
 
     def prompt(passages: Sequence[str], question: str, answer: int) -> list[int]:
         """Its tokens, with room for so many of an answer."""
         for count in range(len(passages), -1, -1):
             ids = [*words.ends[0], *words.tokens("".join([*reversed(passages[:count]), question]))]
-            if limit is None or len(ids) + answer <= limit:
+            if len(ids) + answer <= limit:
                 return ids
         return [*words.ends[0], *ids[len(ids) + answer + words.opening - limit :]]
 
     @torch.no_grad()
     def score(passages: Sequence[str], question: str, answers: Sequence[str]) -> list[Told]:
-        tails = [words.following(question, answer) for answer in answers]
-        tails = [tail[: cut(len(tail))] for tail in tails]
+        tails = [words.following(question, answer)[:longest] for answer in answers]
         width = max(map(len, tails), default=0)
         if not width:
             return [Told(0.0, 0, 0) for _ in answers]
@@ -79,8 +76,8 @@ def reader(name: str, encoder: Backbone, new_tokens: int) -> Reader:
         ]
 
     def write(passages: Sequence[str], question: str) -> str:
-        ids = prompt(passages, question, cut(new_tokens))
-        return greedy(model, backbone.processor, ids, cut(new_tokens))
+        most = min(new_tokens, longest)
+        return greedy(model, backbone.processor, prompt(passages, question, most), most)
 
     def text(tokens: list[int]) -> str:
         return str(encoder.processor.decode(tokens, skip_special_tokens=True))
