@@ -49,7 +49,12 @@ def converted(source: Path, to: Path) -> Path:
     )  # fmt: skip
     table, before = taken(words, dim), taken(layers, dim)
     q, k, v, o = taken(layers, dim, dim), taken(layers, narrow, dim), taken(layers, narrow, dim), taken(layers, dim, dim)
-    between, gate, down, up = taken(layers, dim), taken(layers, hidden, dim), taken(layers, dim, hidden), taken(layers, hidden, dim)
+    between, gate, down, up = (
+        taken(layers, dim),
+        taken(layers, hidden, dim),
+        taken(layers, dim, hidden),
+        taken(layers, hidden, dim),
+    )
     state = {"model.embed_tokens.weight": table, "lm_head.weight": table, "model.norm.weight": taken(dim)}
     for n in range(layers):
         at = f"model.layers.{n}"

@@ -25,6 +25,7 @@ from fedtailor.simulation import Facts, build, equip
 from fedtailor.techniques import Technique
 from fedtailor.techniques.generator import reader
 from fedtailor.trees import leaves
+from stories import converted, stories
 from test_rag import embedded, occurs, written
 from tiny import CAUSAL, LABELS
 
@@ -369,3 +370,23 @@ def test_error_feedback_is_for_updates(kind: str, technique: str, folders: Folde
         with pytest.raises(ConfigError) as caught:
             equip(experiment, facts)
         assert f"algorithm {kind} are not about the same things: use 'int8-plain'" in str(caught.value)
+
+
+# Trained weights
+
+
+def test_a_trained_model_reads_as_transformers_does(backbones: Callable[[str], Any], tmp_path: Path) -> None:
+    folder = converted(stories(), tmp_path / "stories")
+    read = reader(str(folder), backbones("bert"), 40)
+    passages, question = ["Tim had a red ball.\n\n", "Sue had a dog.\n\n"], "Once upon a time, there was a"
+    likely, odd = read.score(passages, question, [" little girl named Lily.", " tree the the the the."])
+    assert likely.nll / likely.tokens < 0.5 * odd.nll / odd.tokens
+    plainly = Plain(folder)
+    ids = plainly.tokenizer(
+        "Sue had a dog.\n\nTim had a red ball.\n\n" + question + " little girl named Lily.", return_tensors="pt"
+    )
+    with torch.no_grad():
+        chances = plainly.model(**ids).logits[0, :-1].log_softmax(-1)
+    nll = -chances.gather(1, ids["input_ids"][0, 1:, None])[-likely.tokens :].sum()
+    assert likely.nll == pytest.approx(float(nll), rel=1e-4)
+    assert "girl" in read.write([], question)
