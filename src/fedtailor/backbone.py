@@ -49,6 +49,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     reads_words: bool = False,
     embeds: bool = False,
+    made: Callable[[type[Any]], type[Any]] | None = None,
 ) -> Backbone:
     """The frozen model for data of this kind; a head that the checkpoint lacks is drawn from the seed.
 
@@ -81,7 +82,10 @@ def load(
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "head"))
         try:
-            model = auto.get(kind, AutoModelForCausalLM).from_pretrained(
+            found = auto.get(kind, AutoModelForCausalLM)
+            if made:
+                found = made(_class(found, source, config))
+            model = found.from_pretrained(
                 source,
                 revision=config.revision or "main",
                 dtype=dtype,
@@ -100,7 +104,16 @@ def load(
         model.config.get_text_config().pad_token_id = processor.pad_token_id
     model.requires_grad_(False).eval().to(device)
     backbone = Backbone(model, processor, kind, source, labels)
-    return backbone._replace(unread=where_others_go_unread(backbone)) if extra and not (reads_words or embeds) else backbone
+    whole = extra and not (reads_words or embeds or made)
+    return backbone._replace(unread=where_others_go_unread(backbone)) if whole else backbone
+
+
+def _class(auto: Any, source: str, config: ModelSection) -> type[Any]:
+    """The class that one of transformers' auto classes would load."""
+    from transformers import AutoConfig
+
+    found = auto._model_mapping[type(AutoConfig.from_pretrained(source, revision=config.revision or "main"))]
+    return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]
 
 
 def _is_causal(source: str, config: ModelSection) -> bool:
