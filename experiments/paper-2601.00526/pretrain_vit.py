@@ -1,10 +1,10 @@
-"""Pretrain the small vision transformer of cifar10.toml, on one part of CIFAR-10's training images; the rest is left for federated runs.
+"""Pretrain the small vision transformer of pacs.toml, on a part of CIFAR-10's training images.
 
     python experiments/paper-2601.00526/pretrain_vit.py            (some 40 minutes on one core with bf16)
 
 Writes runs/vit-cifar10/: `model` (a transformers folder: 1.9 M numbers, 32 x 32 pixels, patches of 4) and `rest.zip` (the images that it
-never saw, train/ and test/). It is supervised, on the same ten classes: the federated runs then customize a model to more data of a kind
-that it knows, and start with a fresh head. A backbone from a hub needs none of this: name it in [model].
+never saw: the test images, on which it is judged, and the other training images, for federated runs on the same classes). A
+backbone from a hub needs none of this: name it in [model].
 """
 
 from __future__ import annotations
