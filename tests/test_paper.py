@@ -115,8 +115,8 @@ def test_tables_say_what_the_rows_say(table: ModuleType, tmp_path: Path) -> None
     lines = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in table.task_table(rows)}
     half = interval([-0.2, -0.2, -0.1])["high"] - interval([-0.2, -0.2, -0.1])["mean"]
     assert lines["prefix"][0] == "0.900 ± 0.248"
-    assert lines["prefix"][4] == "-10.0 ± 0.0"
-    assert lines["prefix"][6] == f"-16.7 ± {100 * half:.1f}"
+    assert lines["prefix"][3] == "-10.0 ± 0.0"
+    assert lines["prefix"][5] == f"-16.7 ± {100 * half:.1f}"
     assert lines["majority"][0] == "0.500"
     costs = {
         line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
