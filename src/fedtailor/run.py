@@ -21,7 +21,7 @@ from fedtailor.errors import RunError
 from fedtailor.evaluation import broadcast_of, evaluate, validate, workers
 from fedtailor.filters import chain
 from fedtailor.folder import CLIENTS, ROUNDS, SUMMARY, check_folder, defined, keep_rounds, make_folder, record, writing
-from fedtailor.ledger import COLUMNS, Ledger, peak_memory
+from fedtailor.ledger import COLUMNS, Ledger, forget_peak, peak_memory
 from fedtailor.simulation import BASELINES, World, build
 from fedtailor.tracking import check_trackers, tracker
 from fedtailor.trees import numel
@@ -46,6 +46,7 @@ def run(experiment: Experiment, out: Path, resume: bool = False, watch: Watch = 
     check_folder(experiment, out, resume)
     check_trackers(experiment)
     watch.stage("loading data and model")
+    forget_peak()
     world = build(experiment)
     make_folder(experiment, out)  # only now: a mistake in the experiment leaves nothing behind
     with writing(out):
