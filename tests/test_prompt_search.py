@@ -393,7 +393,8 @@ def test_operations_of_several_tokens_are_not_counted_twice(folders: Callable[[s
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from fedtailor.simulation import Kit, _counted
+    from fedtailor.equip import Kit
+    from fedtailor.simulation import _counted
 
     backbone = load(ModelSection(name=str(folders("gpt2"))), "text", LABELS, reads_words=True)
     technique = template(backbone, labels=["w1 w2", "w3; w4 w5", "fox"])

@@ -22,16 +22,16 @@ from torch.func import vmap
 from federations import Outcome, Seen, World, by_hand, run_world, world_of
 from fedtailor import wire
 from fedtailor.algorithms import ALGORITHMS
-from fedtailor.algorithms.rag import agreement, merged, top, vote, weighed
+from fedtailor.algorithms.retrieval import agreement, merged, top, vote, weighed
 from fedtailor.config import Experiment, load, parse
 from fedtailor.core import SERVER, Job, Message, Plan, Site, Tree, stream
 from fedtailor.data.examples import IGNORED, Subset, store
+from fedtailor.equip import Facts, equip
 from fedtailor.errors import ConfigError
 from fedtailor.losses import classification, contrastive
 from fedtailor.metrics import metric
 from fedtailor.predict import predict
 from fedtailor.run import run
-from fedtailor.simulation import Facts, equip
 from fedtailor.techniques import TECHNIQUES, Technique
 from fedtailor.trees import leaves
 from tiny import FIRST, LABELS, TEXT, WORDS, batch_of, randomized, rows_of, same

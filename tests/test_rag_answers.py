@@ -17,11 +17,12 @@ from federations import Outcome, world_of
 from fedtailor.config import Experiment, parse
 from fedtailor.core import SERVER, Told
 from fedtailor.data.examples import Subset
+from fedtailor.equip import Facts, equip
 from fedtailor.errors import ConfigError
 from fedtailor.folder import plain
 from fedtailor.predict import predict
 from fedtailor.run import run
-from fedtailor.simulation import Facts, build, equip
+from fedtailor.simulation import build
 from fedtailor.techniques import Technique
 from fedtailor.techniques.generator import reader
 from fedtailor.trees import leaves

@@ -14,11 +14,12 @@ from fedtailor.core import SERVER, ClientId, Letters, Tree
 from fedtailor.engines.answering import Crew, Workers
 from fedtailor.engines.local import Local
 from fedtailor.engines.training import Flops, no_flops
+from fedtailor.equip import Model
 from fedtailor.filters import chain
 from fedtailor.folder import checkpoint, defined, writing
 from fedtailor.ledger import Ledger
 from fedtailor.metrics import mean_loss, total
-from fedtailor.simulation import Model, World, build
+from fedtailor.simulation import World, build
 
 
 def workers(model: Model, flops: Flops = no_flops, looks: Flops = no_flops) -> Workers | Crew:

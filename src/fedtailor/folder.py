@@ -23,8 +23,9 @@ from fedtailor.core import Tree
 from fedtailor.data.readers import TABLES
 from fedtailor.data.sources import EMBEDDED as DATA
 from fedtailor.engines.states import MANIFEST, States
+from fedtailor.equip import Facts, Model, equip
 from fedtailor.errors import ConfigError, FedtailorError, RunError
-from fedtailor.simulation import Facts, Model, build, equip
+from fedtailor.simulation import build
 
 EXPERIMENT, ENVIRONMENT, FACTS = "experiment.toml", "environment.json", "facts.json"
 ROUNDS, CLIENTS, SUMMARY = "rounds.jsonl", "clients.csv", "summary.json"

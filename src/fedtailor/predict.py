@@ -12,11 +12,12 @@ from fedtailor.core import SERVER, Predict, Site, Tree, stream
 from fedtailor.data.encode import PROMPT, encode, shortened
 from fedtailor.engines.answering import Crew, Workers, answer
 from fedtailor.engines.states import States
+from fedtailor.equip import Model
 from fedtailor.errors import ConfigError, DataError, nearest
 from fedtailor.evaluation import broadcast_of, gathered, workers
 from fedtailor.folder import reopen, writing
 from fedtailor.metrics import scores
-from fedtailor.simulation import Model, safe
+from fedtailor.simulation import safe
 from fedtailor.techniques.generator import greedy
 from fedtailor.techniques.peft import positions_taken
 from fedtailor.techniques.template import Words
