@@ -14,12 +14,14 @@ import torch.nn.functional as F
 import transformers as t
 from torch import Tensor, nn
 
-from fedtailor.backbone import load
+from fedtailor.backbone import Backbone, load
 from fedtailor.config import ModelSection
+from fedtailor.core import Tree
 from fedtailor.cut import HIDDEN, Part, layers_of, only, partial_class, parts
 from fedtailor.errors import ConfigError
+from fedtailor.techniques import TECHNIQUES
 from stories import converted, stories
-from tiny import CAUSAL, FAMILIES, KINDS, LABELS, batch_of, tiny
+from tiny import CAUSAL, FAMILIES, KINDS, LABELS, PADS, batch_of, randomized, tiny, tokenizer
 
 DEPTH = 4
 MORE = ("gpt2-classes", "qwen2", "mistral", "gpt2-untied")
@@ -208,11 +210,100 @@ def test_trained_weights_are_cut_like_random_ones(tmp_path: Path) -> None:
         assert float((logits - plain(input_ids=ids).logits).abs().max()) < 1e-5
 
 
+# Techniques
+
+
+CUT = parts(DEPTH, 1, 1)
+TECHNIQUE = {"lora": {"rank": 2}, "full": {}, "ia3": {}, "head": {}, "prefix": {"length": 3}}
+PAIRS = [(f, k) for f in FAMILIES for k in TECHNIQUE if (f, k) not in ((CAUSAL[0], "head"), (CAUSAL[1], "head"))]
+PROMPT = "prompt_embeddings"
+
+
+@pytest.fixture(scope="module")
+def in_parts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Backbone, list[Backbone]]]:
+    """family -> (the whole backbone, its front, middle and back), each loaded by itself."""
+    made: dict[str, tuple[Backbone, list[Backbone]]] = {}
+
+    def of(family: str) -> tuple[Backbone, list[Backbone]]:
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            deep(family).save_pretrained(folder)
+            read = t.ViTImageProcessor(size={"height": 32, "width": 32}) if family == "vit" else tokenizer(PADS[family])
+            read.save_pretrained(folder)
+            config, kind, labels = ModelSection(name=str(folder)), KINDS[family], [] if family in CAUSAL else LABELS
+            each = [load(config, kind, labels, made=lambda cls, part=part: partial_class(cls, [part])) for part in CUT]
+            made[family] = load(config, kind, labels), each
+        return made[family]
+
+    return of
+
+
+def shared_out(tree: Tree, own: Tree, part: Part) -> Tree:
+    """What of the whole model's tree belongs to a part: a prefix has columns by layer."""
+    found = {name: x for name, x in tree.items() if name in own}
+    if PROMPT in found:
+        found[PROMPT] = found[PROMPT].unflatten(1, (DEPTH, -1))[:, part.start : part.stop].flatten(1)
+    return found
+
+
+@pytest.mark.parametrize(("family", "kind"), PAIRS)
+def test_a_technique_on_the_parts_is_the_technique_on_the_whole(
+    family: str, kind: str, in_parts: Callable[[str], tuple[Backbone, list[Backbone]]]
+) -> None:
+    whole, each = in_parts(family)
+    technique = TECHNIQUES[kind](whole, **TECHNIQUE[kind])
+    tree = {name: x.requires_grad_(True) for name, x in randomized(technique.init).items()}
+    batch = batch_of(family, extra=1)
+    expected = technique.bind(False)(tree, batch)
+    slopes = torch.autograd.grad(expected.square().sum(), list(tree.values()), allow_unused=True)
+    hidden, held = None, set()
+    for backbone, part in zip(each, CUT, strict=True):
+        mask = {name: x for name, x in batch.items() if name == "attention_mask"}
+        given = (batch if part.first or part.last else mask) | ({} if hidden is None else {HIDDEN: hidden})
+        if kind == "head" and not part.last:  # nothing to train there
+            hidden = backbone.model(**given)["logits"]
+            continue
+        own = TECHNIQUES[kind](backbone, **TECHNIQUE[kind])
+        mine = shared_out(tree, own.init, part)
+        assert {n: x.shape for n, x in mine.items()} == {n: x.shape for n, x in own.init.items()}
+        held |= set(mine)
+        hidden = own.bind(False)(mine, given)
+    assert hidden is not None
+    assert held == set(tree)
+    assert torch.allclose(hidden, expected, atol=1e-5 * max(1.0, float(expected.detach().abs().max())))
+    ours = torch.autograd.grad(hidden.square().sum(), list(tree.values()), allow_unused=True)
+    largest = max(float(b.abs().max()) for b in slopes if b is not None)
+    for name, a, b in zip(tree, ours, slopes, strict=True):
+        assert (a is None) == (b is None), name
+        if a is not None:
+            assert float((a - b).abs().max()) <= 1e-5 * max(1.0, largest), name
+
+
+@pytest.mark.parametrize(("family", "kind"), [("bert", "lora"), ("gpt2", "lora"), ("llama", "prefix"), ("vit", "prefix")])
+def test_a_part_of_several_clients_is_one_call(
+    family: str, kind: str, in_parts: Callable[[str], tuple[Backbone, list[Backbone]]]
+) -> None:
+    """The middles of three clients, stacked: what a server does for clients whose cuts agree."""
+    _, each = in_parts(family)
+    technique = TECHNIQUES[kind](each[1], **TECHNIQUE[kind])
+    forward = technique.bind(False)
+    trees = [randomized(technique.init, seed) for seed in range(3)]
+    hidden = [torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    mask = {} if family == "vit" else {"attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2]).repeat(3, 1, 1)}
+    stacked = torch.func.vmap(forward)(
+        {name: torch.stack([tree[name] for tree in trees]) for name in trees[0]}, {HIDDEN: torch.stack(hidden), **mask}
+    )
+    for i, tree in enumerate(trees):
+        alone = forward(tree, {HIDDEN: hidden[i], **{name: x[i] for name, x in mask.items()}})
+        assert torch.allclose(stacked[i], alone, atol=1e-5 * max(1.0, float(alone.abs().max())))
+
+
 MEMORY = """
 import sys
 from psutil import Process
-from fedtailor.backbone import load
+from fedtailor.backbone import Backbone, load
 from fedtailor.config import ModelSection
+from fedtailor.core import Tree
 from fedtailor.cut import partial_class, parts
 
 front, middle, _ = parts(6, 1, 1)

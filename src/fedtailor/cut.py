@@ -90,6 +90,12 @@ def layers_of(base: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(found, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
+def held_layers(model: Any) -> tuple[int, list[int]]:
+    """(layers of the whole model, numbers of those that are here)."""
+    _, layers = layers_of(model.base_model)
+    return len(layers), [number for number, layer in enumerate(layers) if not isinstance(layer, Absent)]
+
+
 def parts(depth: int, front: int, back: int) -> tuple[Part, Part, Part]:
     """(front, middle, back) of a model with `depth` layers; `back` = 0 leaves the head to the middle, which then is the top.
 
@@ -149,8 +155,10 @@ def partial_class(cls: type[Any], held: Sequence[Part]) -> type[Any]:
         cls.__init__(self, config, *args, **kwargs)
         sever(self, held)
 
-    def forward(self: Any, hidden_states: Tensor | None = None, **inputs: Any) -> Any:
+    def forward(self: Any, hidden_states: Tensor | None = None, past_key_values: Any = None, **inputs: Any) -> Any:
         run = super(made, self).forward if last else self.base_model
+        inputs = {"past_key_values": past_key_values, **inputs}  # in the signature, as PEFT looks for it there
+        inputs = {name: x for name, x in inputs.items() if x is not None}  # it names all that a model might be given
         if first:
             found = run(**inputs)
         else:
@@ -162,5 +170,7 @@ def partial_class(cls: type[Any], held: Sequence[Part]) -> type[Any]:
                 found = run(**inputs)
         return found if last else {"logits": found["last_hidden_state"]}
 
-    made: type[Any] = type(cls.__name__, (cls,), {"__init__": __init__, "forward": forward, "__module__": cls.__module__})
+    made: type[Any] = type(
+        cls.__name__, (cls,), {"__init__": __init__, "forward": forward, "__module__": cls.__module__, "given": not first}
+    )
     return made

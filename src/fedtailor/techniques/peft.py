@@ -6,7 +6,7 @@ import copy
 import json
 import typing
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from fedtailor import attention, wire
 from fedtailor.backbone import Backbone, fork, keys_and_values, quiet
-from fedtailor.core import Tree
+from fedtailor.core import Batch, Forward, Tree
+from fedtailor.cut import HIDDEN, held_layers
 from fedtailor.errors import ConfigError, nearest, one_of
 from fedtailor.techniques.base import DELTA, Technique, binder, detached
 from fedtailor.techniques.full import write_model
@@ -91,7 +92,9 @@ def prefix(backbone: Backbone, length: int = 10, init: str = "activations", head
     layers, _, heads, _, dim = states.shape
     sizes = {"num_virtual_tokens": length, "num_layers": layers, "token_dim": heads * dim, "num_attention_heads": heads}
     if _takes_cache(backbone.model):
-        technique = peft(backbone, peft_type="PREFIX_TUNING", **sizes)
+        depth, held = held_layers(backbone.model)
+        technique = peft(backbone, peft_type="PREFIX_TUNING", **{**sizes, "num_layers": depth})
+        technique = technique._replace(bind=_widened(technique.bind, depth, held)) if len(held) < depth else technique
     else:
         technique = _through_attention(backbone, modules, sizes)
 
@@ -127,6 +130,25 @@ def with_head(technique: Technique, head: str) -> Technique:
         return {name: t for name, t in tree.items() if not of_head(name)}
 
     return technique._replace(init=bare(technique.init), resized=lambda size: bare(technique.resized(size)))
+
+
+def _widened(bind: Callable[[bool], Forward], depth: int, held: Sequence[int]) -> Callable[[bool], Forward]:
+    """For a part of a cut model: its prefix has columns for the layers that it holds, and a cache has a place for every layer."""
+
+    def wider(dropout: bool = False) -> Forward:
+        forward = bind(dropout)
+
+        def run(params: Tree, batch: Batch) -> Tensor:
+            own = params[PROMPT].unflatten(1, (len(held), -1))
+            blank = own.new_zeros(own.shape[0], own.shape[2])
+            whole = [own[:, held.index(number)] if number in held else blank for number in range(depth)]
+            if HIDDEN in batch and "input_ids" not in batch:  # PEFT asks them for the size of the batch
+                batch = {**batch, "input_ids": batch[HIDDEN].new_zeros(batch[HIDDEN].shape[:2], dtype=torch.long)}
+            return forward({**params, PROMPT: torch.cat(whole, 1)}, batch)
+
+        return run
+
+    return wider
 
 
 def _through_attention(backbone: Backbone, modules: list[nn.Module], sizes: dict[str, int]) -> Technique:
@@ -332,7 +354,8 @@ def _takes_cache(model: nn.Module) -> bool:
     import inspect
 
     inner = getattr(model, getattr(model, "base_model_prefix", ""), model)
-    return any("past_key_values" in inspect.signature(m.forward).parameters for m in (model, inner))
+    asked = (inner,) if hasattr(model, "given") else (model, inner)  # a part of a cut model names it in any case
+    return any("past_key_values" in inspect.signature(m.forward).parameters for m in asked)
 
 
 def _paths(model: nn.Module, saved: dict[str, Tensor]) -> dict[str, str]:
