@@ -24,7 +24,6 @@ PARTITIONS = {
     "iid": {"kind": "iid"},
     "alpha 1": {"kind": "inner_dirichlet", "alpha": 1.0},
     "alpha 0.1": {"kind": "inner_dirichlet", "alpha": 0.1},
-    "natural": {"kind": "natural", "column": "domain"},
 }
 UNVERIFIED = {  # a third party's summary of the paper: (difference to central in points, bytes a round, client compute)
     "full": ("-0.8", "1.2 GB", "high"),
