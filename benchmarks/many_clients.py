@@ -45,7 +45,8 @@ def measure(count: int, rounds: int) -> None:
     from fedtailor.engines.local import Local
     from fedtailor.engines.states import States
     from fedtailor.filters import chain
-    from fedtailor.ledger import Ledger, peak_memory
+    from fedtailor.ledger import Ledger
+    from fedtailor.memory import peak
     from fedtailor.losses import classification
     from fedtailor.metrics import metric
     from fedtailor.run import draw
@@ -79,7 +80,7 @@ def measure(count: int, rounds: int) -> None:
             states.commit(number, state, engine.dump(), {})
             seconds.append(time.perf_counter() - begun)
         engine.close()
-    print(json.dumps({"peak": peak_memory(), "seconds": sorted(seconds)[len(seconds) // 2]}))
+    print(json.dumps({"peak": peak(), "seconds": sorted(seconds)[len(seconds) // 2]}))
 
 
 if __name__ == "__main__":

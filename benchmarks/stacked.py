@@ -26,7 +26,7 @@ from fedtailor.config import ModelSection
 from fedtailor.core import Fit, Plan, stream
 from fedtailor.data.examples import Subset, store
 from fedtailor.engines.answering import Workers, answer
-from fedtailor.ledger import peak_memory
+from fedtailor.memory import peak
 from fedtailor.losses import classification
 from fedtailor.techniques import TECHNIQUES
 
@@ -46,7 +46,7 @@ def main() -> None:
     for technique in args.technique:
         for precision in args.precision:
             measure(technique, precision, args.repeats, args.batches)
-    print(f"\npeak memory of this process (all sides): {peak_memory() / 1e6:.0f} MB; threads: {torch.get_num_threads()}")
+    print(f"\npeak memory of this process (all sides): {peak() / 1e6:.0f} MB; threads: {torch.get_num_threads()}")
 
 
 def measure(kind: str, precision: str, repeats: int, sizes: list[int]) -> None:

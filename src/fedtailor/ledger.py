@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
-import resource
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,22 +83,3 @@ def count_flops(
     first = (y[1] - y[0]) / 8 - second * (at[0] + at[1])
     constant = y[0] - first * at[0] - second * at[0] ** 2
     return lambda rows, width: rows * (constant + first * width + second * width * width)
-
-
-def forget_peak() -> None:
-    """The highest memory is measured from now on, where the system allows it: runs of one process do not count for each other."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory() -> int:
-    """Highest resident memory of this process since `forget_peak`, in bytes; on a GPU, what torch had allocated there at most."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return int(torch.cuda.max_memory_allocated())
-    status = Path("/proc/self/status")
-    if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
-        return int(found.group(1)) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

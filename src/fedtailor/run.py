@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fedtailor import wire
+from fedtailor import memory, wire
 from fedtailor.config import Experiment
 from fedtailor.core import SERVER, ClientId, Tree, stream
 from fedtailor.engines.local import Local
@@ -21,7 +21,7 @@ from fedtailor.errors import RunError
 from fedtailor.evaluation import broadcast_of, evaluate, validate, workers
 from fedtailor.filters import chain
 from fedtailor.folder import CLIENTS, ROUNDS, SUMMARY, check_folder, defined, keep_rounds, make_folder, record, writing
-from fedtailor.ledger import COLUMNS, Ledger, forget_peak, peak_memory
+from fedtailor.ledger import COLUMNS, Ledger
 from fedtailor.simulation import BASELINES, World, build
 from fedtailor.tracking import check_trackers, tracker
 from fedtailor.trees import numel
@@ -46,7 +46,8 @@ def run(experiment: Experiment, out: Path, resume: bool = False, watch: Watch = 
     check_folder(experiment, out, resume)
     check_trackers(experiment)
     watch.stage("loading data and model")
-    forget_peak()
+    memory.keep()
+    memory.forget_peak()
     world = build(experiment)
     make_folder(experiment, out)  # only now: a mistake in the experiment leaves nothing behind
     with writing(out):
@@ -94,7 +95,7 @@ def _run(world: World, out: Path, watch: Watch) -> dict[str, Any]:
                 line["aggregation_error"] = state["aggregation_error"]
             if experiment.evaluate.every and (number % experiment.evaluate.every == 0 or number == experiment.rounds):
                 line |= validate(world, engine, state, number)
-            line = defined({**line, "seconds": time.perf_counter() - begun, "peak_memory_bytes": peak_memory()})
+            line = defined({**line, "seconds": time.perf_counter() - begun, "peak_memory_bytes": memory.peak()})
             with (out / ROUNDS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
             elapsed += line["seconds"]
@@ -171,7 +172,7 @@ def _finish(
         "forward_flops_per_example": world.looks(1, int(np.mean(world.store.lengths))),
         "flops_total": flops,
         "example_passes": examples,
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": memory.peak(),
         "seconds": elapsed,
         "simulated_seconds": engine.clock,
         "rounds": experiment.rounds,
