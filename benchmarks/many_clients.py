@@ -46,8 +46,8 @@ def measure(count: int, rounds: int) -> None:
     from fedtailor.engines.states import States
     from fedtailor.filters import chain
     from fedtailor.ledger import Ledger
-    from fedtailor.memory import peak
     from fedtailor.losses import classification
+    from fedtailor.memory import peak
     from fedtailor.metrics import metric
     from fedtailor.run import draw
     from fedtailor.techniques import TECHNIQUES

@@ -26,8 +26,8 @@ from fedtailor.config import ModelSection
 from fedtailor.core import Fit, Plan, stream
 from fedtailor.data.examples import Subset, store
 from fedtailor.engines.answering import Workers, answer
-from fedtailor.memory import peak
 from fedtailor.losses import classification
+from fedtailor.memory import peak
 from fedtailor.techniques import TECHNIQUES
 
 CLIENTS, STEPS, BATCH, TOKENS, CLASSES = 20, 4, 8, 32, 10
