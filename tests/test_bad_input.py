@@ -697,7 +697,11 @@ def test_in_a_process_of_its_own(name: str, here: Path) -> None:
 
 def test_an_interrupt_is_one_line_and_can_be_resumed(here: Path) -> None:
     command = [*COMMAND, "run", "e.toml", "--out", "long", "--json", "--set", "rounds=400", "--set", "evaluate.every=0"]
+    handler = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # else a suite run in the background would hand on that it is ignored
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, handler)
     until_checkpoint(process, here / "long")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
