@@ -19,7 +19,7 @@ from fedtailor.compare import bytes_to, interval
 HERE = Path(__file__).parent
 TASKS = ("sst2", "banking77", "qnli", "fdu_mtl", "pacs")
 STUDIES = ("remedies", "networks")
-TECHNIQUES = ("full", "lora", "prefix", "prompt", "distil", "prompt-search", "zeroth-order", "rag")
+TECHNIQUES = ("full", "lora", "prefix", "prompt", "distil", "prompt-search", "rag")
 PARTITIONS = {
     "iid": {"kind": "iid"},
     "alpha 1": {"kind": "inner_dirichlet", "alpha": 1.0},
@@ -323,7 +323,7 @@ def pictures(tasks: dict[str, list[Row]], docs: Path) -> None:
     from matplotlib import pyplot
 
     colours = dict(
-        zip(TECHNIQUES, ("#8d6e63", "#3b82f6", "#e8710a", "#12a37f", "#8b5cf6", "#d6457f", "#0e9fbd", "#b8860b"), strict=True)
+        zip(TECHNIQUES, ("#8d6e63", "#3b82f6", "#e8710a", "#12a37f", "#8b5cf6", "#d6457f", "#b8860b"), strict=True)
     )
     figure, panels = pyplot.subplots(1, len(tasks), figsize=(3.1 * len(tasks), 3.2), squeeze=False)
     for panel, (task, rows) in zip(panels[0], tasks.items(), strict=True):
