@@ -19,8 +19,8 @@ from torch import Tensor
 from fedtailor import optimizers, wire
 from fedtailor.backbone import Backbone, load, where_others_go_unread
 from fedtailor.config import ModelSection
-from fedtailor.core import Loss, Message, Plan, Tree
-from fedtailor.cut import HIDDEN, only, partial_class, parts
+from fedtailor.core import HIDDEN, Loss, Message, Plan, Tree
+from fedtailor.cut import only, partial_class, parts
 from fedtailor.engines.splitting import back, slope, through
 from fedtailor.losses import classification, language
 from fedtailor.techniques import TECHNIQUES

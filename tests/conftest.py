@@ -106,7 +106,9 @@ def federation(techniques: Callable[..., Technique], tmp_path: Path) -> Callable
     ) -> Outcome:
         nonlocal count
         count += 1
-        made = techniques(family, technique, **(topts or ({"rank": 2} if technique == "lora" else {})))
+        given = topts or ({"rank": 2} if technique == "lora" else {})
+        made = techniques(family, technique, **given)
+        world.setdefault("make", lambda backbone: TECHNIQUES[technique](backbone, **given))
         where = folder or tmp_path / f"run-{count}"
         ready = world_of(made, family, kind, **world)
         return run_world(ready, where, rounds, start, cohorts, stacked, up, world.get("seed", 0), flops, deadline)
@@ -121,8 +123,9 @@ def world(techniques: Callable[..., Technique]) -> Callable[..., World]:
     def make(
         kind: str, family: str = "bert", technique: str = "lora", topts: Mapping[str, Any] | None = None, **options: Any
     ) -> World:
-        made = techniques(family, technique, **(topts or ({"rank": 2} if technique == "lora" else {})))
-        return world_of(made, family, kind, **options)
+        given = topts or ({"rank": 2} if technique == "lora" else {})
+        options.setdefault("make", lambda backbone: TECHNIQUES[technique](backbone, **given))
+        return world_of(techniques(family, technique, **given), family, kind, **options)
 
     return make
 

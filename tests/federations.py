@@ -10,16 +10,35 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedtailor.algorithms import ALGORITHMS
-from fedtailor.core import SERVER, Algorithm, Device, Fit, Job, Letters, Message, Plan, Predict, Site, Tree, seed_of, stream
+from fedtailor.backbone import Backbone
+from fedtailor.core import (
+    SERVER,
+    Algorithm,
+    Device,
+    Fit,
+    Forward,
+    Job,
+    Letters,
+    Message,
+    Part,
+    Plan,
+    Predict,
+    Site,
+    Tree,
+    seed_of,
+    stream,
+)
 from fedtailor.data.examples import Store, Subset
 from fedtailor.engines.answering import Workers, answer
 from fedtailor.engines.local import Local
+from fedtailor.engines.splitting import Steps
 from fedtailor.engines.states import States
 from fedtailor.filters import chain
 from fedtailor.ledger import Ledger
 from fedtailor.losses import classification, language
 from fedtailor.metrics import metric
 from fedtailor.techniques import Technique
+from fedtailor.techniques.parts import layers, on_part
 from tiny import CAUSAL, KINDS, rows_of, same
 
 PUBLIC = 12  # rows that everybody has
@@ -62,6 +81,7 @@ class World(NamedTuple):
     job: Job
     log: list[Seen]
     rows: Store
+    steps: Steps
 
 
 class Outcome(NamedTuple):
@@ -88,6 +108,7 @@ def world_of(
     equal: bool = False,
     empty: tuple[str, ...] = (),
     seed: int = 0,
+    make: Callable[[Backbone], Technique] | None = None,
 ) -> World:
     """`sizes`: LoRA rank or prefix length by client; `equal`: all clients hold the same rows; `empty`: those hold none."""
     data = rows_of(family)
@@ -102,6 +123,7 @@ def world_of(
         sizes=tuple((sizes or {}).values()),
         seed=seed,
         passes=technique.passes,
+        layers=layers(technique),
         classes=3 if KINDS[family] != "language" else 0,
         public=PUBLIC if KINDS[family] != "language" else 0,
         reader=technique.reader,
@@ -127,7 +149,11 @@ def world_of(
             parts["global"] = Subset(data, np.arange(52, 60))
         return Site(client, parts, inits[client], round, seed, (devices or {}).get(client, Device()), names.index(client))
 
-    return World(algorithm, technique, sites, names, job, log, data)
+    def bind(part: Part) -> Forward:
+        assert make
+        return on_part(technique, part, make).bind(False)
+
+    return World(algorithm, technique, sites, names, job, log, data, Steps(bind))
 
 
 def run_world(
@@ -144,7 +170,7 @@ def run_world(
 ) -> Outcome:
     """`rounds` rounds on the local engine, from the checkpoint in `folder` where `start` says that it holds so many."""
     states, ledger, notices, clock = States(folder), Ledger(), [], []
-    workers = Workers(world.technique.bind, 1, flops=flops)
+    workers = Workers(world.technique.bind, 1, flops=flops, steps=world.steps)
     engine = Local(
         world.algorithm, world.sites, workers, states, ledger, chain(up), chain(()), seed, stacked, deadline, notices.append
     )
@@ -180,7 +206,7 @@ def by_hand(
     seed: int = 0,
 ) -> Tree:
     """A round without engine and wire: letters are handed over, clients work one by one; `own` is updated in place."""
-    workers = Workers(world.technique.bind, 1)
+    workers = Workers(world.technique.bind, 1, steps=world.steps)
     talk = world.algorithm.round(state, world.clients if cohort is None else cohort)
     inbox: dict[str, Message] | None = None
     step = 0

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from fedtailor.backbone import Backbone, load
 from fedtailor.config import ModelSection
-from fedtailor.core import Tree
-from fedtailor.cut import HIDDEN, Part, layers_of, only, partial_class, parts
+from fedtailor.core import HIDDEN, Part, Tree
+from fedtailor.cut import layers_of, only, partial_class, parts
 from fedtailor.errors import ConfigError
 from fedtailor.techniques import TECHNIQUES
 from stories import converted, stories

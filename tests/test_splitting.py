@@ -12,9 +12,10 @@ from torch.func import vmap
 
 from fedtailor.backbone import Backbone, load
 from fedtailor.config import ModelSection
-from fedtailor.core import Tree
-from fedtailor.cut import HIDDEN, partial_class, parts
-from fedtailor.engines.splitting import back, slope, through
+from fedtailor.core import HIDDEN, Back, Flow, Message, Slope, Through, Tree, stream
+from fedtailor.cut import partial_class, parts
+from fedtailor.engines.answering import Workers, answer, drive
+from fedtailor.engines.splitting import Steps, back, slope, through
 from fedtailor.losses import classification, language
 from fedtailor.techniques import TECHNIQUES, Technique
 from tiny import CAUSAL, KINDS, LABELS, batch_of, distance, randomized
@@ -119,3 +120,63 @@ def test_a_frozen_front_has_nothing_to_go_back_to(folders: Callable[[str], Path]
 
     hidden, kept = through(forward, {}, batch_of("bert"))
     assert back(kept, torch.ones_like(hidden)) == ({}, None)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize("stacked", [True, False])
+def test_steps_that_are_asked_for_are_those_steps(
+    family: str, stacked: bool, cut_up: Callable[[str], list[Technique]], folders: Callable[[str], Path]
+) -> None:
+    """Three clients of two shapes, answered together or one by one; one of those that went together comes back alone."""
+    whole, middle, end = cut_up(family)
+    loss = language if family in CAUSAL else classification
+    bound = {part: technique.bind(False) for part, technique in ((CUT[1], middle), (CUT[2], end))}
+    steps = Steps(bound.__getitem__)
+    batches = [training(family, seed) for seed in range(3)]
+    width = min(b["input_ids"].shape[1] for b in batches)
+    batches = [{k: v[:, : width - (i == 2)] if v.dim() == 2 else v for k, v in b.items()} for i, b in enumerate(batches)]
+    trees = [randomized(whole.init, seed) for seed in range(3)]
+    asked = [
+        Through(
+            CUT[1],
+            own(tree, middle),
+            {"attention_mask": b["attention_mask"], HIDDEN: embedded(b, folders(family), family)},
+            f"{i}",
+        )
+        for i, (tree, b) in enumerate(zip(trees, batches, strict=True))
+    ]
+    outputs = steps.answer(dict(enumerate(asked)), stacked)
+    slopes = [
+        Slope(loss, CUT[2], own(t, end), {**b, HIDDEN: outputs[i]}) for i, (t, b) in enumerate(zip(trees, batches, strict=True))
+    ]
+    ends = steps.answer(dict(enumerate(slopes)), stacked)
+    first = steps.answer({0: Back(asked[0], ends[0].hidden)}, stacked)  # its neighbour is not ready
+    rest = steps.answer({i: Back(asked[i], ends[i].hidden) for i in (1, 2)}, stacked)
+    for i, found in enumerate((first[0], rest[1], rest[2])):
+        value, expected, _ = slope(loss, whole.bind(False), trees[i], batches[i], {})
+        assert ends[i].loss == pytest.approx(float(value), abs=1e-5)
+        ours = {**found.params, **ends[i].params}
+        assert distance(ours, {n: expected[n] for n in ours}) < 1e-4
+        assert found.hidden.shape == asked[i].batch[HIDDEN].shape
+
+
+def test_handlers_may_ask_for_a_list_of_steps(cut_up: Callable[[str], list[Technique]], folders: Callable[[str], Path]) -> None:
+    _, middle, _ = cut_up("bert")
+    workers = Workers(middle.bind, 1, steps=Steps(lambda part: middle.bind(False)))
+    batch = training("bert")
+    hidden = embedded(batch, folders("bert"), "bert")
+    one = Through(CUT[1], middle.init, {"attention_mask": batch["attention_mask"], HIDDEN: hidden}, "a")
+
+    def handler() -> Flow:
+        alone = yield one
+        both = yield [one._replace(name="b"), one._replace(name="c")]
+        nothing = yield []
+        return None, Message("done", {"alone": alone, "both": both}, {"nothing": float(len(nothing))})
+
+    def answered(asks: Any) -> Any:
+        return answer(asks, workers, lambda client: stream(0), stacked=True)
+
+    _, reply = drive({"server": handler()}, answered)["server"]
+    assert reply.info["nothing"] == 0
+    for found in reply.body["both"]:
+        assert torch.allclose(found, reply.body["alone"], atol=1e-5)

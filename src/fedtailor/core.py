@@ -124,9 +124,67 @@ class Predict(NamedTuple):
     passes: int = 1  # forward passes that a row takes, for the ledger
 
 
-Ask: TypeAlias = Fit | Predict
-Flow: TypeAlias = Generator[Ask, Any, tuple[Tree | None, Message]]
-"""A client handler, running: yields asks, returns (own new state, reply)."""
+HIDDEN = "hidden_states"
+"""In a batch: what the part of a cut model before this one has computed, (batch, tokens, width)."""
+
+
+class Part(NamedTuple):
+    """A part of a cut model: layers `start` to `stop` (exclusive); `first`: with what comes before all layers, `last`: with what comes
+    after them."""
+
+    start: int
+    stop: int
+    first: bool
+    last: bool
+
+
+class Layers(NamedTuple):
+    """How a technique's tree lies over the layers of its model."""
+
+    depth: int
+    part: Callable[[Tree, Part], Tree]  # what of a whole tree belongs to a part
+    whole: Callable[[Sequence[Tree]], Tree]  # the trees of the parts, front to back, as one
+    least: int = 0  # layers that a front must have
+
+
+class Through(NamedTuple):
+    """Run a part on a batch; answered with its outputs. What going back needs stays with the engine as long as it can."""
+
+    part: Part
+    params: Tree
+    batch: Batch
+    name: str  # of what stays
+
+
+class Back(NamedTuple):
+    """Go back through a part; answered with `Slopes`. What it needs and is no longer there is computed again."""
+
+    of: Through
+    gradient: Tensor  # of the outputs
+
+
+class Slope(NamedTuple):
+    """Loss and gradients at the part that has the labels; answered with `Slopes`."""
+
+    loss: Loss
+    part: Part
+    params: Tree
+    batch: Batch
+    aux: Tree = {}
+
+
+class Slopes(NamedTuple):
+    """Gradients of the params and of the hidden states that came in, if any did."""
+
+    params: Tree
+    hidden: Tensor | None
+    loss: float = 0.0
+
+
+Step: TypeAlias = Through | Back | Slope
+Ask: TypeAlias = Fit | Predict | Step
+Flow: TypeAlias = Generator[Ask | list[Step], Any, tuple[Tree | None, Message]]
+"""A client handler, running: yields asks, or a list of steps that are done together; returns (own new state, reply)."""
 
 
 class Letters(NamedTuple):
@@ -227,6 +285,7 @@ class Job(NamedTuple):
     classes: int = 0  # of the labels; 0 for language
     public: int = 0  # examples that everybody has, where there are any: a site's data["public"]
     similar: Callable[[str], list[str]] = lambda word: []  # words that the model takes for like this one, the nearest first
+    layers: Layers | None = None  # where the model has layers by which it can be cut
     reader: Reader | None = None  # what reads retrieved passages, where the technique has one
 
 

@@ -16,27 +16,16 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedtailor.backbone import fork
+from fedtailor.core import Part
 from fedtailor.errors import ConfigError
 
-HIDDEN = "hidden_states"
-"""In a batch: what the part before this one has computed, (batch, tokens, width)."""
-
 _given: contextvars.ContextVar[Tensor] = contextvars.ContextVar("given")
-
-
-class Part(NamedTuple):
-    """Layers `start` to `stop` (exclusive); `first`: with what comes before all layers, `last`: with what comes after them."""
-
-    start: int
-    stop: int
-    first: bool
-    last: bool
 
 
 class Absent(nn.Module):
@@ -142,7 +131,7 @@ def only(model: Any, part: Part) -> Any:
     """One part of a model that holds several: modules of its own, the same tensors."""
     own = fork(model)
     sever(own, [part])
-    own.__class__ = partial_class(type(model).__mro__[1], [part])
+    own.__class__ = partial_class(type(model).__mro__[1] if hasattr(model, "given") else type(model), [part])
     return own
 
 

@@ -21,6 +21,7 @@ from fedtailor.losses import classification, language
 from fedtailor.metrics import Metric, metric
 from fedtailor.options import algorithm_named, checked, choose
 from fedtailor.techniques import TECHNIQUES, Technique
+from fedtailor.techniques.parts import layers
 from fedtailor.techniques.peft import positions_taken
 from fedtailor.trees import numel
 
@@ -128,6 +129,7 @@ def equip(experiment: Experiment, facts: Facts) -> Model:
         classes=experiment.model.labels or len(facts.labels),
         public=facts.public,
         similar=functools.partial(similar_words, backbone),
+        layers=layers(technique),
         reader=technique.reader,
     )
     factory = algorithm_named(experiment.algorithm.kind)

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedtailor.core import SERVER, ClientId, Letters, Tree
+from fedtailor.core import SERVER, ClientId, Forward, Letters, Part, Tree
 from fedtailor.engines.answering import Crew, Workers
 from fedtailor.engines.local import Local
+from fedtailor.engines.splitting import Steps
 from fedtailor.engines.training import Flops, no_flops
 from fedtailor.equip import Model
 from fedtailor.filters import chain
@@ -20,6 +21,8 @@ from fedtailor.folder import checkpoint, defined, writing
 from fedtailor.ledger import Ledger
 from fedtailor.metrics import mean_loss, total
 from fedtailor.simulation import World, build
+from fedtailor.techniques import TECHNIQUES
+from fedtailor.techniques.parts import on_part
 
 
 def workers(model: Model, flops: Flops = no_flops, looks: Flops = no_flops) -> Workers | Crew:
@@ -28,7 +31,12 @@ def workers(model: Model, flops: Flops = no_flops, looks: Flops = no_flops) -> W
     cores = torch.get_num_threads()
     count = engine.workers or (1 if device != "cpu" or model.experiment.train.dropout else max(1, min(cores, 8)))
     group = engine.group or (64 if device != "cpu" else 0)
-    server = Workers(model.technique.bind, count, device, flops, group, looks)
+    section = model.experiment.technique
+
+    def bind(part: Part) -> Forward:
+        return on_part(model.technique, part, lambda b: TECHNIQUES[section.kind](b, **section.options)).bind(False)
+
+    server = Workers(model.technique.bind, count, device, flops, group, looks, Steps(bind, device))
     if not model.kits:
         return server
     pools = [Workers(kit.technique.bind, count, device, kit.flops, group, kit.looks) for kit in model.kits]

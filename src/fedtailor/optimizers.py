@@ -87,6 +87,21 @@ def _adam(plan: Plan, params: dict[str, Tensor], state: Tree, rate: float) -> No
     )
 
 
+def stepped(plan: Plan, params: Tree, slopes: Tree, state: Tree, rate: float) -> tuple[Tree, Tree]:
+    """(params, state) after one step with these gradients; what was given stays as it is. An empty state is a fresh one."""
+    own: Tree = {name: p.detach().clone() for name, p in params.items()}
+    for name, p in own.items():
+        p.grad = slopes[name].clone()
+    if plan.clip:
+        clip(own, plan.clip, False)
+    after = tree_map(lambda t: t.clone(), state) if state else fresh(plan, own)
+    if own:
+        apply(plan, own, after, rate)
+    for p in own.values():
+        p.grad = None
+    return own, after
+
+
 @torch.no_grad()
 def clip(params: dict[str, Tensor], largest: float, stacked: bool) -> None:
     """Scale each client's gradient to a norm of at most `largest`; with `stacked`, axis 0 is the client."""

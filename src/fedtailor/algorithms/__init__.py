@@ -13,6 +13,7 @@ from fedtailor.algorithms.fedex import fedex
 from fedtailor.algorithms.fedlc import fedlc
 from fedtailor.algorithms.fedper import fedper
 from fedtailor.algorithms.fedprox import fedprox
+from fedtailor.algorithms.flexp import flexp
 from fedtailor.algorithms.flora import flora
 from fedtailor.algorithms.hetlora import hetlora
 from fedtailor.algorithms.lora_averaging import fedit, fedsa, ffa
@@ -38,6 +39,7 @@ ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
     "fedsa": fedsa,
     "fedyogi": fedyogi,
     "ffa": ffa,
+    "flexp": flexp,
     "flora": flora,
     "hetlora": hetlora,
     "local": local,

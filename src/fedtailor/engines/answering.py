@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedtailor.core import Ask, ClientId, Fit, Fitted, Flow, Forward, Message, Predict, Tree
+from fedtailor.core import Ask, Back, ClientId, Fit, Fitted, Flow, Forward, Message, Predict, Slope, Step, Through, Tree
+from fedtailor.engines.splitting import Steps
 from fedtailor.engines.training import Flops, fit, no_flops
 from fedtailor.trees import numel, signature, tree_map
 
@@ -25,6 +26,7 @@ PREDICTED = 1024
 """Tokens in a batch of Predict."""
 
 Answers = dict[ClientId, Any]
+Asks = Mapping[ClientId, Ask | list[Step]]
 Randoms = Callable[[ClientId], torch.Generator]
 
 
@@ -42,7 +44,9 @@ class Workers:
         flops: Flops = no_flops,
         group: int = 0,
         looks: Flops = no_flops,
+        steps: Steps | None = None,
     ) -> None:
+        self.steps = steps
         self.device, self.flops, self.group, self.count, self.looks = device, flops, group, count, looks
         self.tokens = TOKENS if device == "cpu" and not group else 0
         self._bind = bind
@@ -92,12 +96,12 @@ class Crew:
             workers.close()
 
 
-def answer(asks: Mapping[ClientId, Ask], workers: Workers, randoms: Randoms, stacked: bool, pace: int | None = None) -> Answers:
+def answer(asks: Asks, workers: Workers, randoms: Randoms, stacked: bool, pace: int | None = None) -> Answers:
     """The results of these asks. With `stacked`, Fits with the same loss, plan and shapes share calls; else each is alone.
 
     `randoms` gives each client its stream; `pace` is the seed of what all share (batches.py).
     """
-    done: Answers = {}
+    done: Answers = _stepped(asks, workers.steps, stacked)
     for dropout in (False, True):
         fits = {c: a for c, a in asks.items() if isinstance(a, Fit) and a.plan.dropout == dropout}
         groups = grouped(fits, workers.group, EVEN) if stacked else [[c] for c in fits]
@@ -122,12 +126,33 @@ def answer(asks: Mapping[ClientId, Ask], workers: Workers, randoms: Randoms, sta
     return done | {c: _ordered(found) for c, found in parts.items()}
 
 
-def drive(flows: Mapping[ClientId, Flow], answer: Callable[[dict[ClientId, Ask]], Answers]) -> dict[ClientId, Any]:
+def _stepped(asks: Asks, steps: Steps | None, stacked: bool) -> Answers:
+    """The results of the steps of cut models among these asks; of a list, a list."""
+    wanted = {
+        (client, i): step
+        for client, ask in asks.items()
+        for i, step in enumerate(ask if isinstance(ask, list) else [ask])
+        if isinstance(step, Through | Back | Slope)
+    }
+    if not wanted:
+        return {client: [] for client, ask in asks.items() if isinstance(ask, list)}
+    assert steps, "this engine has no parts of a cut model"
+    found = steps.answer(wanted, stacked)
+    out: Answers = {}
+    for client, ask in asks.items():
+        if isinstance(ask, list):
+            out[client] = [found[client, i] for i in range(len(ask))]
+        elif (client, 0) in found:
+            out[client] = found[client, 0]
+    return out
+
+
+def drive(flows: Mapping[ClientId, Flow], answer: Callable[[dict[ClientId, Ask | list[Step]]], Answers]) -> dict[ClientId, Any]:
     """Advance all flows to their next ask, answer the asks together, until each has returned (own state, reply)."""
     done: dict[ClientId, tuple[Tree | None, Message]] = {}
     answers: Answers = dict.fromkeys(flows)
     while answers:
-        asks: dict[ClientId, Ask] = {}
+        asks: dict[ClientId, Ask | list[Step]] = {}
         for client, result in answers.items():
             try:
                 asks[client] = flows[client].send(result)

@@ -21,6 +21,7 @@ from fedtailor.core import (
     Message,
     Predict,
     Site,
+    Step,
     Talk,
     Tree,
     seed_of,
@@ -184,7 +185,7 @@ class Local:
         spent, passed = dict.fromkeys(clients, 0.0), dict.fromkeys(clients, 0.0)
         asked = dict.fromkeys(clients, 0)
 
-        def answered(asks: dict[ClientId, Ask]) -> dict[ClientId, Any]:
+        def answered(asks: dict[ClientId, Ask | list[Step]]) -> dict[ClientId, Any]:
             for client in asks:
                 asked[client] += 1
 
@@ -210,7 +211,9 @@ class Local:
                 client, own, reply, stored[client], arrived[client][0], (spent[client], passed[client]), sites(client, round)
             )
 
-    def _answered(self, asks: dict[ClientId, Ask], random: Callable[[ClientId], torch.Generator], round: int) -> Answers:
+    def _answered(
+        self, asks: dict[ClientId, Ask | list[Step]], random: Callable[[ClientId], torch.Generator], round: int
+    ) -> Answers:
         asks = {c: a._replace(plan=a.plan.at(round)) if isinstance(a, Fit) else a for c, a in asks.items()}
         pace = seed_of(self.seed, "pace", round, self._steps)
         if self.stacked:
@@ -225,10 +228,10 @@ class Local:
         return self._by_kind(asks, random, False, pace)
 
     def _by_kind(
-        self, asks: dict[ClientId, Ask], random: Callable[[ClientId], torch.Generator], stacked: bool, pace: int
+        self, asks: dict[ClientId, Ask | list[Step]], random: Callable[[ClientId], torch.Generator], stacked: bool, pace: int
     ) -> Answers:
         """Clients with the same model together."""
-        kinds: dict[int, dict[ClientId, Ask]] = {}
+        kinds: dict[int, dict[ClientId, Ask | list[Step]]] = {}
         for client, ask in asks.items():
             kinds.setdefault(id(self.workers.of(client)), {})[client] = ask
         done: Answers = {}

@@ -11,14 +11,15 @@ With `torch.vmap(forward)` in the place of the forward, all of this is of many c
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 
-from fedtailor.core import Batch, Forward, Loss, Tree
-from fedtailor.cut import HIDDEN
-from fedtailor.trees import tensors, tree_map
+from fedtailor.core import HIDDEN, Back, Batch, Forward, Loss, Part, Slope, Slopes, Step, Through, Tree
+from fedtailor.trees import signature, tensors, tree_map, unstack
 
 
 class Kept(NamedTuple):
@@ -45,7 +46,7 @@ def slope(loss: Loss, forward: Forward, params: Tree, batch: Batch, aux: Tree) -
     """(loss, gradients of the params, gradient of what came in) at the part that has the labels."""
     leaves, given = _leaves(params, batch)
     value = loss(forward, leaves, given, aux)
-    return value.detach(), *_slopes(value, leaves, given.get(HIDDEN), None)
+    return value.detach(), *_slopes(value.sum(), leaves, given.get(HIDDEN), None)
 
 
 def _leaves(params: Tree, batch: Batch) -> tuple[Tree, dict[str, Tensor]]:
@@ -64,3 +65,114 @@ def _slopes(outputs: Tensor, params: Tree, hidden: Tensor | None, gradient: Tens
     found = torch.autograd.grad(outputs, wanted, gradient, allow_unused=True)
     slopes = {id(t): torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)}
     return tree_map(lambda t: slopes.get(id(t), t), params), None if hidden is None else slopes[id(hidden)]
+
+
+class Steps:
+    """Answers steps of cut models, alike ones of many clients in one call, and keeps what going back needs."""
+
+    def __init__(self, bind: Callable[[Part], Forward], device: str = "cpu") -> None:
+        self._bind, self.device = bind, device
+        self._forwards: dict[Part, Forward] = {}
+        self._kept: dict[str, tuple[Kept, int | None]] = {}  # by the name of a Through: with its place among those done together
+
+    def answer(self, steps: Mapping[Any, Step], stacked: bool) -> dict[Any, Any]:
+        """The results of these steps, by what they are called."""
+        done: dict[Any, Any] = {}
+        alike: dict[Any, list[Any]] = {}
+        for key, step in steps.items():
+            alike.setdefault(_kind(step) if stacked else key, []).append(key)
+        for keys in alike.values():
+            group = [steps[key] for key in keys]
+            done |= dict(zip(keys, self._together(group), strict=True))
+        return done
+
+    def _together(self, group: list[Any]) -> list[Any]:
+        if isinstance(group[0], Through):
+            return self._through(group)
+        return self._slope(group) if isinstance(group[0], Slope) else self._back(group)
+
+    def _forward(self, part: Part, many: bool) -> Forward:
+        if part not in self._forwards:
+            self._forwards[part] = self._bind(part)
+        forward = self._forwards[part]
+        return vmap(forward) if many else forward
+
+    def _through(self, group: list[Through]) -> list[Tensor]:
+        many = len(group) > 1
+        params, batch = _joined([t.params for t in group], self.device), _joined([dict(t.batch) for t in group], self.device)
+        outputs, kept = through(self._forward(group[0].part, many), params, batch)
+        self._kept |= {t.name: (kept, i if many else None) for i, t in enumerate(group)}
+        return [plain(x) for x in outputs] if many else [plain(outputs)]
+
+    def _back(self, group: list[Back]) -> list[Slopes]:
+        """Those that went through together and come back together do so in one call; for any other the way is gone again alone."""
+        held = [self._kept.pop(ask.of.name, None) for ask in group]
+        whole = held[0] is not None and all(h is not None and h[0] is held[0][0] for h in held)
+        if whole and held[0] and len(group) == (1 if held[0][1] is None else len(held[0][0].outputs)):
+            places = [0 if h is None or h[1] is None else h[1] for h in held]
+            gradients: list[Any] = [None] * len(group)
+            for place, ask in zip(places, group, strict=True):
+                gradients[place] = placed(ask.gradient, self.device)
+            params, hidden = back(held[0][0], torch.stack(gradients) if held[0][1] is not None else gradients[0])
+            found = _apart(params, hidden, None, len(group), held[0][1] is not None)
+            return [found[place] for place in places]
+        out = []
+        for ask in group:
+            params, batch = _joined([ask.of.params], self.device), _joined([dict(ask.of.batch)], self.device)
+            _, kept = through(self._forward(ask.of.part, False), params, batch)
+            out += _apart(*back(kept, placed(ask.gradient, self.device)), None, 1, False)
+        return out
+
+    def _slope(self, group: list[Slope]) -> list[Slopes]:
+        many = len(group) > 1
+        first = group[0]
+        parts = (_joined([dict(getattr(s, name)) for s in group], self.device) for name in ("params", "batch", "aux"))
+        params, batch, aux = parts
+        value, slopes, hidden = slope(
+            _each(first.loss) if many else first.loss, self._forward(first.part, False), params, batch, aux
+        )
+        return _apart(slopes, hidden, value, len(group), many)
+
+
+def _each(loss: Loss) -> Loss:
+    """The losses of many clients, (clients,), each of its own tree and batch."""
+
+    def losses(forward: Forward, params: Tree, batch: Batch, aux: Tree) -> Tensor:
+        values: Tensor = vmap(lambda p, b, a: loss(forward, p, b, a))(params, dict(batch), aux)
+        return values
+
+    return losses
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """As it comes out of a message."""
+    return tensor.cpu().contiguous()
+
+
+def placed(tensor: Tensor, device: str) -> Tensor:
+    """A copy in memory of its own: the last bits of a product depend on how its factors are aligned, and messages are packed."""
+    return tensor.to(device, copy=True)
+
+
+def _kind(step: Step) -> Any:
+    """Steps of one kind go together."""
+    if isinstance(step, Back):
+        return (Back, *_kind(step.of)[1:])
+    own = (step.loss, signature(step.aux)) if isinstance(step, Slope) else ()
+    return (type(step), step.part, signature(step.params), signature(dict(step.batch)), *own)
+
+
+def _joined(trees: list[Tree], device: str) -> Tree:
+    if len(trees) == 1:
+        return tree_map(lambda t: placed(t, device), trees[0])
+    return tree_map(lambda *ts: torch.stack(ts).to(device), trees[0], *trees[1:])
+
+
+def _apart(params: Tree, hidden: Tensor | None, loss: Tensor | None, count: int, many: bool) -> list[Slopes]:
+    def own(i: int) -> Slopes:
+        tree = unstack(params, i) if many else params
+        inner = hidden if hidden is None or not many else hidden[i]
+        value = 0.0 if loss is None else float(loss[i] if loss.dim() else loss)
+        return Slopes(tree_map(plain, tree), None if inner is None else plain(inner), value)
+
+    return [own(i) for i in range(count)]

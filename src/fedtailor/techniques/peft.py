@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from fedtailor import attention, wire
 from fedtailor.backbone import Backbone, fork, keys_and_values, quiet
-from fedtailor.core import Batch, Forward, Tree
-from fedtailor.cut import HIDDEN, held_layers
+from fedtailor.core import HIDDEN, Batch, Forward, Tree
+from fedtailor.cut import held_layers
 from fedtailor.errors import ConfigError, nearest, one_of
 from fedtailor.techniques.base import DELTA, Technique, binder, detached
 from fedtailor.techniques.full import write_model

@@ -1,0 +1,237 @@
+"""FlexP-style personalised split learning (Yuan et al., arXiv 2508.10349, and its revision FlexP-SFT). **Our reading**: the abstract's
+statements hold (each client keeps as many layers as it can, no client part is averaged, nobody waits, layers at the server are
+aligned), the equations are ours.
+
+Client k holds the first `front` and the last `back` layers with embeddings, head and labels; the server holds a copy of the layers between
+them for each client. A step, whenever the client is ready:
+    client  h1 = front(x)                          up
+    server  h2 = middle_k(h1)                      down
+    client  loss(back(h2), y), its step on the back; gradient of h2   up
+    server  its step on middle_k, then alignment; gradient of h1      down, if the front trains
+    client  its step on the front
+Alignment pulls the copies of a layer together over the clients whose middle has it, at no cost on the wire: after each step
+    w <- (w + lr alignment wbar) / (1 + lr alignment),    wbar = sum_j n_j w_j / sum_j n_j
+which is the exact step on alignment/2 ||w - wbar||^2 with wbar held: 0 leaves clients to themselves, a large one makes the copies equal.
+A personal model is the client's own ends around its own middle; a newcomer gets the ends as they began around the mean of the middles.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fedtailor.core import (
+    HIDDEN,
+    SERVER,
+    Algorithm,
+    Back,
+    ClientId,
+    Flow,
+    Job,
+    Layers,
+    Message,
+    Part,
+    Site,
+    Slope,
+    State,
+    Step,
+    Talk,
+    Through,
+    Tree,
+    answer_with,
+    as_they_come,
+)
+from fedtailor.cut import parts
+from fedtailor.engines.batches import batches
+from fedtailor.errors import ConfigError
+from fedtailor.optimizers import learning_rate, stepped
+from fedtailor.trees import numel
+
+MASK = "attention_mask"
+
+
+def flexp(job: Job, *, front: int | list[int] = 1, back: int | list[int] = 1, alignment: float = 1.0) -> Algorithm:
+    """FlexP-style: every client holds its own ends of the model, the server a copy of the middle for each; nobody waits."""
+    fronts, backs = ([x] if isinstance(x, int) else list(x) for x in (front, back))
+    if job.layers is None:
+        raise ConfigError("algorithm flexp cuts a model by its layers, and this one has no list of them: choose another model")
+    if alignment < 0:
+        raise ConfigError(f"algorithm.alignment must not be negative (got {alignment})")
+    if not fronts or not backs or min(backs) < 1:
+        raise ConfigError("algorithm.front and algorithm.back are numbers of layers, or lists of them; back must be at least 1")
+    layers: Layers = job.layers
+    if min(fronts) < layers.least:
+        raise ConfigError(
+            f"algorithm.front = {min(fronts)}: with this technique clients need {layers.least} layer at the front, or more"
+        )
+    for a in fronts:
+        for b in backs:
+            parts(layers.depth, a, b)
+
+    def cut(number: int) -> tuple[Part, Part, Part]:
+        """(front, middle, back) of the client with this number."""
+        return parts(layers.depth, fronts[number % len(fronts)], backs[number % len(backs)])
+
+    def init(params: Tree) -> State:
+        return {"params": params, "middles": {}}
+
+    def ends(own: Tree | None, site: Site) -> Tree:
+        first, _, last = cut(site.number)
+        fresh = {"front": layers.part(site.init, first), "back": layers.part(site.init, last)}
+        return own or {**fresh, "moments": {"front": {}, "back": {}}}
+
+    def batch_at(site: Site, step: int) -> tuple[dict[str, Any], int]:
+        """(the batch of this step, steps in this round): the same whenever it is asked for."""
+        data = site.data["train"]
+        order = batches(job.plan, data.lengths, site.random("split"))
+        if step >= len(order):
+            return {}, len(order)
+        rows = order[step]
+        return data.batch(rows, int(data.lengths[rows].max()), len(rows)), len(order)
+
+    def through_front(own: Tree, site: Site, step: int) -> Through:
+        batch, _ = batch_at(site, step)
+        return Through(cut(site.number)[0], own["front"], inputs(batch), f"{site.id}/{site.round}/{step}/front")
+
+    def go(own: Tree | None, msg: Message, site: Site) -> Flow:
+        """Take the front's step back, if there is one, and go on to the next batch."""
+        own, step = ends(own, site), int(msg.info["step"])
+        _, steps = batch_at(site, step)
+        if "gradient" in msg.body:
+            slopes = yield Back(through_front(own, site, step - 1), msg.body["gradient"])
+            own = descended(own, "front", slopes.params, site, step - 1, steps)
+        info = {"step": float(step), "steps": float(steps), "n": float(len(site.data["train"])), "number": float(site.number)}
+        if step >= steps:
+            return own, Message("rested", {}, info)
+        batch, _ = batch_at(site, step)
+        hidden = yield through_front(own, site, step)
+        mask = {MASK: batch[MASK].to(torch.uint8)} if MASK in batch else {}
+        return own, Message("sent", {HIDDEN: hidden, **mask}, info)
+
+    def turn(own: Tree | None, msg: Message, site: Site) -> Flow:
+        """Loss, and the step of the back."""
+        own, step = ends(own, site), int(msg.info["step"])
+        batch, steps = batch_at(site, step)
+        found = yield Slope(job.loss, cut(site.number)[2], own["back"], {**batch, HIDDEN: msg.body[HIDDEN]})
+        own = descended(own, "back", found.params, site, step, steps)
+        info = {"step": float(step), "steps": float(steps), "n": float(len(site.data["train"])), "loss": found.loss}
+        return own, Message("turned", {"gradient": found.hidden}, {**info, "examples": float(len(batch["labels"]))})
+
+    def descended(own: Tree, end: str, slopes: Tree, site: Site, step: int, steps: int) -> Tree:
+        rate = learning_rate(job.plan.at(site.round), step, steps)
+        params, moments = stepped(job.plan, own[end], slopes, own["moments"][end], rate)
+        return {**own, end: params, "moments": {**own["moments"], end: moments}}
+
+    def middle(own: Tree | None, msg: Message, site: Site) -> Flow:
+        """The server's part for all clients that are ready: outputs of those that sent, a step for those that turned."""
+        asked = list(msg.body["through"]) + list(msg.body["back"])
+        todo: list[Step] = [way(given) for given in msg.body["through"].values()]
+        todo += [Back(way(given), given["gradient"]) for given in msg.body["back"].values()]
+        found = yield todo
+        body: Tree = {}
+        for client, result in zip(asked, found, strict=True):
+            if client in msg.body["through"]:
+                body[client] = {HIDDEN: result}
+                continue
+            given = msg.body["back"][client]
+            rate = learning_rate(job.plan.at(site.round), int(given["step"]), int(given["steps"]))
+            params, moments = stepped(job.plan, given["params"], result.params, given["moments"], rate)
+            body[client] = {"params": params, "moments": moments, "gradient": result.hidden, "rate": rate}
+        return own, Message("passed", body)
+
+    def way(given: Tree) -> Through:
+        batch = {name: given[name].long() if name == MASK else given[name] for name in (HIDDEN, MASK) if name in given}
+        return Through(cut(int(given["number"]))[1], given["params"], batch, given["name"])
+
+    def round(state: State, cohort: list[ClientId]) -> Talk:
+        middles: Tree = dict(state["middles"])
+        letters = dict.fromkeys(cohort, Message("go", {}, {"step": 0.0}))
+        sent: dict[ClientId, Tree] = {}  # what each client's step under way began with
+        turn_number = 0
+        while True:
+            came = yield as_they_come(letters)
+            if not came:
+                return {**state, "middles": middles}
+            letters, through, back = {}, {}, {}
+            for client in sorted(came):
+                reply, info = came[client], came[client].info
+                if reply.verb == "sent":
+                    if client not in middles:
+                        held = layers.part(state["params"], cut(int(info["number"]))[1])
+                        middles[client] = {"params": held, "moments": {}, "n": info["n"], "number": info["number"]}
+                    turn_number += 1
+                    sent[client] = {
+                        **dict(reply.body.items()),
+                        **middles[client],
+                        "step": info["step"],
+                        "name": f"{client}/{turn_number}/middle",
+                    }
+                    through[client] = sent[client]
+                elif reply.verb == "turned" and client in sent and sent[client]["step"] == info["step"]:  # else it is stale
+                    back[client] = {**sent.pop(client), "gradient": reply.body["gradient"], "steps": info["steps"]}
+            if not through and not back:
+                continue
+            done = yield {SERVER: Message("middle", {"through": through, "back": back})}
+            for client, found in done[SERVER].body.items() if SERVER in done else ():
+                if client in through:
+                    letters[client] = Message("turn", {HIDDEN: found[HIDDEN]}, {"step": through[client]["step"]})
+                    continue
+                middles[client] = {**middles[client], "params": found["params"], "moments": found["moments"]}
+                trained = (
+                    {"gradient": found["gradient"]}
+                    if numel(layers.part(state["params"], cut(int(back[client]["number"]))[0]))
+                    else {}
+                )
+                letters[client] = Message("go", trained, {"step": back[client]["step"] + 1})
+            for client in back:
+                middles[client] = {
+                    **middles[client],
+                    "params": aligned(middles, client, done[SERVER].body[client]["rate"] * alignment),
+                }
+
+    def answer(state: State, cohort: list[ClientId]) -> Talk:
+        return (yield {c: Message("answer", state["middles"].get(c, {}).get("params", {})) for c in cohort})
+
+    def personal(own: Tree | None, broadcast: Tree, site: Site) -> Tree:
+        mine, (_, between, _) = ends(own, site), cut(site.number)
+        return layers.whole([mine["front"], broadcast or layers.part(site.init, between), mine["back"]])
+
+    def model(state: State) -> Tree:
+        """The ends as they began around the mean of the middles."""
+        return {**state["params"], **mean_of(state["middles"], list(state["middles"]))} if state["middles"] else state["params"]
+
+    _, judged = answer_with(job, lambda state: {}, personal)
+    return Algorithm(
+        init=init,
+        round=round,
+        client={"go": go, "turn": turn, "middle": middle, "answer": judged},
+        answer=answer,
+        model=model,
+        personal=personal,
+    )
+
+
+def inputs(batch: Tree) -> dict[str, Any]:
+    """What a model reads of a batch."""
+    return {name: x for name, x in batch.items() if name not in ("labels", "teacher")}
+
+
+def mean_of(middles: Tree, clients: list[ClientId]) -> Tree:
+    """The mean of each tensor over those of these clients whose middle has it, by their numbers of examples."""
+    sums: Tree = {}
+    for client in sorted(clients):
+        weight = float(middles[client]["n"])
+        for name, tensor in middles[client]["params"].items():
+            total, count = sums.get(name, (0.0, 0.0))
+            sums[name] = (total + weight * tensor.double(), count + weight)
+    return {name: (total / count).float() for name, (total, count) in sums.items()}
+
+
+def aligned(middles: Tree, client: ClientId, pull: float) -> Tree:
+    """This client's middle, pulled towards the mean of all: by nothing where `pull` is 0, all the way where it is infinite."""
+    own: Tree = middles[client]["params"]
+    if not pull:
+        return own
+    mean = mean_of(middles, list(middles))
+    return {name: (tensor + pull * mean[name]) / (1 + pull) for name, tensor in own.items()}

@@ -1,0 +1,70 @@
+"""A technique on a model that is cut: what of its tree lies where, and the technique on one part alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedtailor.backbone import Backbone
+from fedtailor.core import Layers, Part, Tree
+from fedtailor.cut import layers_of, only
+from fedtailor.techniques.base import Technique, binder
+from fedtailor.techniques.peft import PROMPT, positions_taken
+
+
+def layers(technique: Technique) -> Layers | None:
+    """How this technique's tree lies over its model's layers; None where the model has no list of layers.
+
+    A tensor belongs to the layer whose number its name has; else to the front, if its name is of what comes before the layers, or to
+    the back. A prefix has columns for every layer, in their order.
+    """
+    model: Any = technique.backbone.model
+    base = model.base_model
+    if not any(isinstance(module, nn.ModuleList) and len(module) for module in base.modules()):
+        return None
+    stack, modules = layers_of(base)
+    depth, names = len(modules), [name for name, _ in base.named_children()]
+    before = set(names[: names.index(stack.partition(".")[0])])
+
+    def place(name: str) -> int:
+        found = re.search(rf"(?:^|\.){re.escape(stack)}\.(\d+)\.", name)
+        if found:
+            return int(found.group(1))
+        return -1 if name == PROMPT or before & set(name.split(".")) else depth
+
+    def part(tree: Tree, wanted: Part) -> Tree:
+        out: Tree = {}
+        for name, tensor in tree.items():
+            at = place(name)
+            if name == PROMPT and technique.kind == "prefix":
+                if wanted.stop > wanted.start:
+                    out[name] = tensor.unflatten(1, (depth, -1))[:, wanted.start : wanted.stop].flatten(1)
+            elif wanted.start <= at < wanted.stop or (wanted.first and at < 0) or (wanted.last and at >= depth):
+                out[name] = tensor
+        return out
+
+    def whole(trees: Sequence[Tree]) -> Tree:
+        out: Tree = {}
+        for tree in trees:
+            for name, tensor in tree.items():
+                out[name] = torch.cat([out[name], tensor], 1) if name == PROMPT and name in out else tensor
+        return out
+
+    # A prefix that goes as a cache counts as text already read: who gives tokens their positions must have a piece of it.
+    counted = technique.kind == "prefix" and positions_taken(technique) > 0
+    return Layers(depth, part, whole, int(counted))
+
+
+def on_part(technique: Technique, part: Part, make: Callable[[Backbone], Technique]) -> Technique:
+    """The technique that `make` makes, on one part of this one's model: modules of its own, the same tensors. Where nothing of it is
+    trained, the part is the model's alone."""
+    model: Any = technique.backbone.model
+    backbone = technique.backbone._replace(model=only(model, part), unread=technique.backbone.unread if part.last else None)
+    over = layers(technique)
+    if over and not over.part(technique.init, part):
+        return technique._replace(backbone=backbone, init={}, bind=binder(backbone.model, {}, backbone.unread))
+    return make(backbone)
