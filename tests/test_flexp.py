@@ -10,12 +10,15 @@ import torch
 
 from federations import Outcome, World
 from fedtailor.algorithms.flexp import aligned, mean_of
-from fedtailor.core import HIDDEN, Device, Layers, Message, Plan, Tree
+from fedtailor.core import HIDDEN, Device, Layers, Message, Part, Plan, Tree
 from fedtailor.cut import parts
 from fedtailor.engines.batches import batches
 from fedtailor.engines.splitting import slope
 from fedtailor.errors import ConfigError
+from fedtailor.evaluation import costs
 from fedtailor.optimizers import fresh, stepped
+from fedtailor.techniques import TECHNIQUES
+from fedtailor.techniques.parts import on_part
 from tiny import distance, same
 
 Federation = Callable[..., Outcome]
@@ -167,3 +170,18 @@ def test_a_stale_message_is_refused(world: Maker) -> None:
 def test_what_cannot_be_cut_is_said(options: dict[str, Any], line: str, world: Maker) -> None:
     with pytest.raises(ConfigError, match=line):
         world("flexp", options=options)
+
+
+def test_operations_of_the_parts_are_those_of_the_whole(techniques: Techniques, federation: Federation) -> None:
+    """Through: the parts' sums are the whole's. Back: more by what the uncut model never does, the gradient of its embeddings."""
+    done = federation("flexp", options={"front": 0}, plan=ADAM, rounds=1)
+    world, whole = done.world, techniques("bert", "lora", rank=2)
+    job = world.job
+    each = [costs(on_part(whole, part, lambda b: TECHNIQUES["lora"](b, rank=2)), part, job) for part in parts(2, 0, 1)]
+    plain = costs(whole, Part(0, 2, True, True), job)
+    for width in (8, 13):
+        there = [go(3, width) for go, _ in each]
+        both = [back(3, width) for _, back in each]
+        assert sum(there) == plain[0](3, width)
+        assert there[0] == 0  # embeddings are looked up
+        assert 1.0 <= sum(both) / plain[1](3, width) < 1.5

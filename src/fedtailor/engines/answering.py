@@ -73,6 +73,11 @@ class Workers:
             return [one(item) for item in items]
         return list(self._pool.map(one, items))
 
+    def work(self, step: Step) -> tuple[float, float]:
+        """(operations, example passes) of a step of a cut model."""
+        assert self.steps
+        return self.steps.work(step)
+
     def of(self, client: ClientId) -> Workers:
         """Who works for this client: clients with other models have workers of their own (`Crew`)."""
         return self

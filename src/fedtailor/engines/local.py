@@ -201,6 +201,10 @@ class Local:
                 for client, ask in asks.items():
                     if isinstance(ask, Predict):
                         spent[client] += looked(ask, self.workers.of(client).looks)
+                    elif not isinstance(ask, Fit):
+                        for flops, rows in map(self.workers.of(client).work, ask if isinstance(ask, list) else [ask]):
+                            spent[client] += flops
+                            passed[client] += rows
             return results
 
         for client, (own, reply) in sorted(drive(flows, answered).items()):

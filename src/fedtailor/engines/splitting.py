@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from fedtailor.core import HIDDEN, Back, Batch, Forward, Loss, Part, Slope, Slopes, Step, Through, Tree
+from fedtailor.engines.training import Flops, no_flops
 from fedtailor.trees import signature, tensors, tree_map, unstack
 
 
@@ -67,11 +68,18 @@ def _slopes(outputs: Tensor, params: Tree, hidden: Tensor | None, gradient: Tens
     return tree_map(lambda t: slopes.get(id(t), t), params), None if hidden is None else slopes[id(hidden)]
 
 
+Costs = Callable[[Part], tuple[Flops, Flops]]
+"""Part -> what going through it costs, and going through and back: (rows, width) -> operations."""
+
+
 class Steps:
     """Answers steps of cut models, alike ones of many clients in one call, and keeps what going back needs."""
 
-    def __init__(self, bind: Callable[[Part], Forward], device: str = "cpu") -> None:
-        self._bind, self.device = bind, device
+    def __init__(
+        self, bind: Callable[[Part], Forward], device: str = "cpu", costs: Costs = lambda part: (no_flops, no_flops)
+    ) -> None:
+        self._bind, self.device, self._costs = bind, device, costs
+        self._known: dict[Part, tuple[Flops, Flops]] = {}
         self._forwards: dict[Part, Forward] = {}
         self._kept: dict[str, tuple[Kept, int | None]] = {}  # by the name of a Through: with its place among those done together
 
@@ -85,6 +93,19 @@ class Steps:
             group = [steps[key] for key in keys]
             done |= dict(zip(keys, self._together(group), strict=True))
         return done
+
+    def work(self, step: Step) -> tuple[float, float]:
+        """(operations, example passes) of a step."""
+        on = step.of if isinstance(step, Back) else step
+        rows, width = next(
+            x.shape[:2] if x.dim() == 2 or name == HIDDEN else (len(x), 1) for name, x in on.batch.items() if x.dim() > 1
+        )
+        if on.part not in self._known:
+            self._known[on.part] = self._costs(on.part)
+        there, both = (flops(rows, width) for flops in self._known[on.part])
+        if isinstance(step, Through):
+            return there, 0.0
+        return (both - there, 0.0) if isinstance(step, Back) else (both, float(rows))
 
     def _together(self, group: list[Any]) -> list[Any]:
         if isinstance(group[0], Through):
