@@ -149,6 +149,25 @@ def test_a_prefix_that_counts_as_text_needs_a_layer_at_the_front(world: Maker) -
         world("flexp", technique="prefix", topts={"length": 2}, options={"front": 0})
 
 
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        ({"technique": "prompt", "topts": {"length": 2}}, "technique lora, prefix, full, ia3 or head"),
+        ({"plan": ADAM._replace(dropout=True)}, "set train.dropout = false"),
+        ({"sizes": {"c0": 1, "c1": 2, "c2": 2}}, "needs the same rank or length"),
+    ],
+)
+def test_what_cannot_be_split_is_said(more: dict[str, Any], line: str, world: Maker) -> None:
+    with pytest.raises(ConfigError, match=line):
+        world("flexp", options={"front": 0}, **more)
+
+
+def test_a_middle_with_nothing_to_train_hands_gradients_on(federation: Federation) -> None:
+    done = federation("flexp", technique="head", topts={}, options={"front": 0}, plan=ADAM, rounds=1)
+    assert all(m["params"] == {} for m in done.state["middles"].values())
+    assert distance(joined(done, "c0"), dict(done.world.technique.init)) > 1e-3
+
+
 def test_a_stale_message_is_refused(world: Maker) -> None:
     here = world("flexp", options={"front": 0}, plan=ADAM)
     talk = here.algorithm.round(here.algorithm.init(here.technique.init), ["c0"])

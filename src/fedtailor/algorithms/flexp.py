@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from fedtailor.algorithms.fedavg import one_size
 from fedtailor.core import (
     HIDDEN,
     SERVER,
@@ -54,8 +55,15 @@ MASK = "attention_mask"
 def flexp(job: Job, *, front: int | list[int] = 1, back: int | list[int] = 1, alignment: float = 1.0) -> Algorithm:
     """FlexP-style: every client holds its own ends of the model, the server a copy of the middle for each; nobody waits."""
     fronts, backs = ([x] if isinstance(x, int) else list(x) for x in (front, back))
+    one_size(job, "flexp")
     if job.layers is None:
-        raise ConfigError("algorithm flexp cuts a model by its layers, and this one has no list of them: choose another model")
+        raise ConfigError(
+            "algorithm flexp cuts a model by its layers: use a model that has a list of them, and technique lora, prefix, full, ia3 or head"
+        )
+    if job.plan.dropout:
+        raise ConfigError(
+            "algorithm flexp computes parts again where it has to, which dropout would change: set train.dropout = false"
+        )
     if alignment < 0:
         raise ConfigError(f"algorithm.alignment must not be negative (got {alignment})")
     if not fronts or not backs or min(backs) < 1:
@@ -209,6 +217,7 @@ def flexp(job: Job, *, front: int | list[int] = 1, back: int | list[int] = 1, al
         answer=answer,
         model=model,
         personal=personal,
+        updates=False,
     )
 
 
