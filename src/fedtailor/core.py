@@ -154,6 +154,7 @@ class Through(NamedTuple):
     params: Tree
     batch: Batch
     name: str  # of what stays
+    inward: bool = True  # whether going back gives the gradient of the hidden states that came in
 
 
 class Back(NamedTuple):

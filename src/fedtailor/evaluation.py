@@ -39,7 +39,7 @@ def workers(model: Model, flops: Flops = no_flops, looks: Flops = no_flops) -> W
     def on(part: Part) -> Technique:
         return on_part(model.technique, part, lambda b: TECHNIQUES[section.kind](b, **section.options))
 
-    steps = Steps(lambda part: on(part).bind(False), device, lambda part: costs(on(part), part, model.job))
+    steps = Steps(lambda part: on(part).bind(False), device, lambda part, inward: costs(on(part), part, model.job, inward))
     server = Workers(model.technique.bind, count, device, flops, group, looks, steps)
     if not model.kits:
         return server
@@ -47,14 +47,14 @@ def workers(model: Model, flops: Flops = no_flops, looks: Flops = no_flops) -> W
     return Crew(server, {client: pools[i % len(pools)] for i, client in enumerate(model.facts.clients)})
 
 
-def costs(technique: Technique, part: Part, job: Job) -> tuple[Flops, Flops]:
+def costs(technique: Technique, part: Part, job: Job, inward: bool = True) -> tuple[Flops, Flops]:
     """What a part of a cut model costs through, and through and back, (rows, width) -> operations."""
     forward, tree = technique.bind(False), tree_map(lambda t: t.to(job.device), technique.init)
 
     def batch_of(width: int) -> dict[str, torch.Tensor]:
         inputs = sample_inputs(technique.backbone, width)
         if HIDDEN in inputs:
-            inputs[HIDDEN].requires_grad_(True)
+            inputs[HIDDEN].requires_grad_(inward)
         labels = torch.zeros((1, width) if job.loss is language else 1, dtype=torch.long, device=job.device)
         return {**inputs, "labels": labels} if part.last else inputs
 
@@ -63,7 +63,7 @@ def costs(technique: Technique, part: Part, job: Job) -> tuple[Flops, Flops]:
 
     ragged = technique.backbone.kind != "image"
     there = count_flops(forward, None, tree, batch_of, ragged)
-    if part.first and not numel(tree):  # frozen: nobody goes back
+    if not numel(tree) and (part.first or not inward):  # frozen: nobody goes back
         return there, there
     return there, count_flops(forward, job.loss if part.last else total, tree, batch_of, ragged)
 

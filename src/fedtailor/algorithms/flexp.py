@@ -17,6 +17,7 @@ A personal model is the client's own ends around its own middle; a newcomer gets
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -132,71 +133,65 @@ def flexp(job: Job, *, front: int | list[int] = 1, back: int | list[int] = 1, al
         return {**own, end: params, "moments": {**own["moments"], end: moments}}
 
     def middle(own: Tree | None, msg: Message, site: Site) -> Flow:
-        """The server's part for all clients that are ready: outputs of those that sent, a step for those that turned."""
-        asked = list(msg.body["through"]) + list(msg.body["back"])
-        todo: list[Step] = [way(given) for given in msg.body["through"].values()]
-        todo += [Back(way(given), given["gradient"]) for given in msg.body["back"].values()]
+        """The server's part for all clients that are ready: outputs for those that sent, a step for those that turned."""
+        sent, turned = msg.body["sent"], msg.body["turned"]
+        todo: list[Step] = [way(given) for given in sent.values()]
+        todo += [Back(way(given), given["gradient"]) for given in turned.values()]
         found = yield todo
-        body: Tree = {}
-        for client, result in zip(asked, found, strict=True):
-            if client in msg.body["through"]:
-                body[client] = {HIDDEN: result}
-                continue
-            given = msg.body["back"][client]
+        body: Tree = {client: {HIDDEN: outputs} for client, outputs in zip(sent, found, strict=False)}
+        for client, slopes in zip(turned, found[len(sent) :], strict=True):
+            given = turned[client]
             rate = learning_rate(job.plan.at(site.round), int(given["step"]), int(given["steps"]))
-            params, moments = stepped(job.plan, given["params"], result.params, given["moments"], rate)
-            body[client] = {"params": params, "moments": moments, "gradient": result.hidden, "rate": rate}
+            params, moments = stepped(job.plan, given["params"], slopes.params, given["moments"], rate)
+            inward = {"gradient": slopes.hidden} if slopes.hidden is not None else {}
+            body[client] = {"params": params, "moments": moments, "rate": rate, **inward}
         return own, Message("passed", body)
 
     def way(given: Tree) -> Through:
         batch = {name: given[name].long() if name == MASK else given[name] for name in (HIDDEN, MASK) if name in given}
-        return Through(cut(int(given["number"]))[1], given["params"], batch, given["name"])
+        return Through(cut(int(given["number"]))[1], given["params"], batch, given["name"], bool(given["inward"]))
+
+    def begun(state: State, info: Mapping[str, float]) -> Tree:
+        """The server's copy for a client that it has not met before."""
+        first, between, _ = cut(int(info["number"]))
+        inward = float(numel(layers.part(state["params"], first)) > 0)  # a frozen front has no use for a gradient
+        return {
+            "params": layers.part(state["params"], between),
+            "moments": {},
+            "inward": inward,
+            "n": info["n"],
+            "number": info["number"],
+        }
 
     def round(state: State, cohort: list[ClientId]) -> Talk:
         middles: Tree = dict(state["middles"])
         letters = dict.fromkeys(cohort, Message("go", {}, {"step": 0.0}))
-        sent: dict[ClientId, Tree] = {}  # what each client's step under way began with
-        turn_number = 0
-        while True:
-            came = yield as_they_come(letters)
-            if not came:
-                return {**state, "middles": middles}
-            letters, through, back = {}, {}, {}
-            for client in sorted(came):
-                reply, info = came[client], came[client].info
+        under_way: dict[ClientId, Tree] = {}  # what each client's present step began with
+        count = 0
+        while came := (yield as_they_come(letters)):
+            letters, sent, turned = {}, {}, {}
+            for client, reply in sorted(came.items()):
+                step = reply.info["step"]
                 if reply.verb == "sent":
-                    if client not in middles:
-                        held = layers.part(state["params"], cut(int(info["number"]))[1])
-                        middles[client] = {"params": held, "moments": {}, "n": info["n"], "number": info["number"]}
-                    turn_number += 1
-                    sent[client] = {
-                        **dict(reply.body.items()),
-                        **middles[client],
-                        "step": info["step"],
-                        "name": f"{client}/{turn_number}/middle",
-                    }
-                    through[client] = sent[client]
-                elif reply.verb == "turned" and client in sent and sent[client]["step"] == info["step"]:  # else it is stale
-                    back[client] = {**sent.pop(client), "gradient": reply.body["gradient"], "steps": info["steps"]}
-            if not through and not back:
-                continue
-            done = yield {SERVER: Message("middle", {"through": through, "back": back})}
-            for client, found in done[SERVER].body.items() if SERVER in done else ():
-                if client in through:
-                    letters[client] = Message("turn", {HIDDEN: found[HIDDEN]}, {"step": through[client]["step"]})
-                    continue
-                middles[client] = {**middles[client], "params": found["params"], "moments": found["moments"]}
-                trained = (
-                    {"gradient": found["gradient"]}
-                    if numel(layers.part(state["params"], cut(int(back[client]["number"]))[0]))
-                    else {}
-                )
-                letters[client] = Message("go", trained, {"step": back[client]["step"] + 1})
-            for client in back:
-                middles[client] = {
-                    **middles[client],
-                    "params": aligned(middles, client, done[SERVER].body[client]["rate"] * alignment),
-                }
+                    middles.setdefault(client, begun(state, reply.info))
+                    count += 1
+                    named = {"step": step, "name": f"{client}/{count}/middle"}
+                    sent[client] = under_way[client] = {**dict(reply.body.items()), **middles[client], **named}
+                elif reply.verb == "turned" and client in under_way and under_way[client]["step"] == step:  # else it is stale
+                    gradient = {"gradient": reply.body["gradient"], "steps": reply.info["steps"]}
+                    turned[client] = {**under_way.pop(client), **gradient}
+            done = (yield {SERVER: Message("middle", {"sent": sent, "turned": turned})}) if sent or turned else {}
+            found = dict(done[SERVER].body.items()) if SERVER in done else {}
+            for client in sorted(sent.keys() & found.keys()):
+                letters[client] = Message("turn", {HIDDEN: found[client][HIDDEN]}, {"step": sent[client]["step"]})
+            for client in sorted(turned.keys() & found.keys()):
+                middles[client] = {**middles[client], "params": found[client]["params"], "moments": found[client]["moments"]}
+                inward = {name: x for name, x in found[client].items() if name == "gradient"}
+                letters[client] = Message("go", inward, {"step": turned[client]["step"] + 1})
+            for client in sorted(turned.keys() & found.keys()):
+                pulled = aligned(middles, client, found[client]["rate"] * alignment)
+                middles[client] = {**middles[client], "params": pulled}
+        return {**state, "middles": middles}
 
     def answer(state: State, cohort: list[ClientId]) -> Talk:
         return (yield {c: Message("answer", state["middles"].get(c, {}).get("params", {})) for c in cohort})

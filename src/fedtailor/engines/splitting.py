@@ -28,14 +28,14 @@ class Kept(NamedTuple):
 
     outputs: Tensor  # with their graph
     params: Tree  # its leaves
-    hidden: Tensor | None  # what came in, a leaf too; None at the front
+    hidden: Tensor | None  # what came in, a leaf too; None at the front, and where its gradient is not wanted
 
 
-def through(forward: Forward, params: Tree, batch: Batch) -> tuple[Tensor, Kept]:
-    """(outputs, what going back needs) of a part of a cut model."""
-    leaves, given = _leaves(params, batch)
+def through(forward: Forward, params: Tree, batch: Batch, inward: bool = True) -> tuple[Tensor, Kept]:
+    """(outputs, what going back needs) of a part of a cut model; without `inward` there is no gradient of what came in."""
+    leaves, given = _leaves(params, batch, inward)
     outputs = forward(leaves, given)
-    return outputs.detach(), Kept(outputs, leaves, given.get(HIDDEN))
+    return outputs.detach(), Kept(outputs, leaves, given.get(HIDDEN) if inward else None)
 
 
 def back(kept: Kept, gradient: Tensor) -> tuple[Tree, Tensor | None]:
@@ -45,16 +45,16 @@ def back(kept: Kept, gradient: Tensor) -> tuple[Tree, Tensor | None]:
 
 def slope(loss: Loss, forward: Forward, params: Tree, batch: Batch, aux: Tree) -> tuple[Tensor, Tree, Tensor | None]:
     """(loss, gradients of the params, gradient of what came in) at the part that has the labels."""
-    leaves, given = _leaves(params, batch)
+    leaves, given = _leaves(params, batch, True)
     value = loss(forward, leaves, given, aux)
     return value.detach(), *_slopes(value.sum(), leaves, given.get(HIDDEN), None)
 
 
-def _leaves(params: Tree, batch: Batch) -> tuple[Tree, dict[str, Tensor]]:
+def _leaves(params: Tree, batch: Batch, inward: bool) -> tuple[Tree, dict[str, Tensor]]:
     leaves = tree_map(lambda t: t.detach().requires_grad_(t.is_floating_point()), params)
     given = dict(batch)
     if HIDDEN in given:
-        given[HIDDEN] = given[HIDDEN].detach().requires_grad_(True)
+        given[HIDDEN] = given[HIDDEN].detach().requires_grad_(inward)
     return leaves, given
 
 
@@ -68,18 +68,18 @@ def _slopes(outputs: Tensor, params: Tree, hidden: Tensor | None, gradient: Tens
     return tree_map(lambda t: slopes.get(id(t), t), params), None if hidden is None else slopes[id(hidden)]
 
 
-Costs = Callable[[Part], tuple[Flops, Flops]]
-"""Part -> what going through it costs, and going through and back: (rows, width) -> operations."""
+Costs = Callable[[Part, bool], tuple[Flops, Flops]]
+"""(part, inward) -> what going through it costs, and going through and back: (rows, width) -> operations."""
 
 
 class Steps:
     """Answers steps of cut models, alike ones of many clients in one call, and keeps what going back needs."""
 
     def __init__(
-        self, bind: Callable[[Part], Forward], device: str = "cpu", costs: Costs = lambda part: (no_flops, no_flops)
+        self, bind: Callable[[Part], Forward], device: str = "cpu", costs: Costs = lambda part, inward: (no_flops, no_flops)
     ) -> None:
         self._bind, self.device, self._costs = bind, device, costs
-        self._known: dict[Part, tuple[Flops, Flops]] = {}
+        self._known: dict[tuple[Part, bool], tuple[Flops, Flops]] = {}
         self._forwards: dict[Part, Forward] = {}
         self._kept: dict[str, tuple[Kept, int | None]] = {}  # by the name of a Through: with its place among those done together
 
@@ -100,9 +100,10 @@ class Steps:
         rows, width = next(
             x.shape[:2] if x.dim() == 2 or name == HIDDEN else (len(x), 1) for name, x in on.batch.items() if x.dim() > 1
         )
-        if on.part not in self._known:
-            self._known[on.part] = self._costs(on.part)
-        there, both = (flops(rows, width) for flops in self._known[on.part])
+        way = on.part, getattr(on, "inward", True)
+        if way not in self._known:
+            self._known[way] = self._costs(*way)
+        there, both = (flops(rows, width) for flops in self._known[way])
         if isinstance(step, Through):
             return there, 0.0
         return (both - there, 0.0) if isinstance(step, Back) else (both, float(rows))
@@ -121,7 +122,7 @@ class Steps:
     def _through(self, group: list[Through]) -> list[Tensor]:
         many = len(group) > 1
         params, batch = _joined([t.params for t in group], self.device), _joined([dict(t.batch) for t in group], self.device)
-        outputs, kept = through(self._forward(group[0].part, many), params, batch)
+        outputs, kept = through(self._forward(group[0].part, many), params, batch, group[0].inward)
         self._kept |= {t.name: (kept, i if many else None) for i, t in enumerate(group)}
         return [plain(x) for x in outputs] if many else [plain(outputs)]
 
@@ -140,7 +141,7 @@ class Steps:
         out = []
         for ask in group:
             params, batch = _joined([ask.of.params], self.device), _joined([dict(ask.of.batch)], self.device)
-            _, kept = through(self._forward(ask.of.part, False), params, batch)
+            _, kept = through(self._forward(ask.of.part, False), params, batch, ask.of.inward)
             out += _apart(*back(kept, placed(ask.gradient, self.device)), None, 1, False)
         return out
 
@@ -179,7 +180,7 @@ def _kind(step: Step) -> Any:
     """Steps of one kind go together."""
     if isinstance(step, Back):
         return (Back, *_kind(step.of)[1:])
-    own = (step.loss, signature(step.aux)) if isinstance(step, Slope) else ()
+    own = (step.loss, signature(step.aux)) if isinstance(step, Slope) else (step.inward,)
     return (type(step), step.part, signature(step.params), signature(dict(step.batch)), *own)
 
 
