@@ -330,7 +330,7 @@ def pictures(tasks: dict[str, list[Row]], docs: Path) -> None:
     from matplotlib import pyplot
 
     colours = dict(zip(TECHNIQUES, ("#8d6e63", "#3b82f6", "#e8710a", "#12a37f", "#8b5cf6", "#d6457f", "#b8860b"), strict=True))
-    figure, panels = pyplot.subplots(1, len(tasks), figsize=(3.1 * len(tasks), 3.2), squeeze=False)
+    figure, panels = pyplot.subplots(1, len(tasks), figsize=(max(6.2, 3.1 * len(tasks)), 3.5), squeeze=False)
     for panel, (task, rows) in zip(panels[0], tasks.items(), strict=True):
         for name in TECHNIQUES:
             found = [r for p in (*PARTITIONS, None) if (r := case(rows, name, p))]
@@ -340,10 +340,10 @@ def pictures(tasks: dict[str, list[Row]], docs: Path) -> None:
             panel.plot([size, size], [min(values), max(values)], color=colours[name], alpha=0.4, linewidth=2)
             panel.plot(size, values[0], "o", color=colours[name], label=name)
         panel.set(xscale="log", title=task, xlabel="MB in all, clients and server")
-    panels[0][0].set_ylabel("test accuracy; dot: iid, line: down to alpha 0.1")
+    panels[0][0].set_ylabel("test accuracy\ndot: iid, line: to alpha 0.1")
     handles = {h.get_label(): h for panel in panels[0] for h in panel.get_lines() if not h.get_label().startswith("_")}
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), frameon=False)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=4, frameon=False)
+    figure.tight_layout(rect=(0, 0.14, 1, 1))
     figure.savefig(docs / "quality.svg", metadata={"Date": None})
 
 
