@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from fedtailor.memory import forget_peak, keep, peak
+from fedtailor.memory import forget_peak, peak
 
 
 @pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="resident memory is reset on Linux only")
@@ -30,7 +30,7 @@ import resource, torch
 from fedtailor.memory import keep
 
 keep()
-for _ in range(4):
+for _ in range(60):  # the allocator keeps a few in a cache of its own first
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(3_000_000)
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
