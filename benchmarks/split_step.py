@@ -16,15 +16,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fedtailor import optimizers, wire
+from fedtailor import wire
 from fedtailor.backbone import Backbone, load, where_others_go_unread
 from fedtailor.config import ModelSection
 from fedtailor.core import HIDDEN, Loss, Message, Plan, Tree
 from fedtailor.cut import only, partial_class, parts
 from fedtailor.engines.splitting import back, slope, through
 from fedtailor.losses import classification, language
+from fedtailor.optimizers import stepped
 from fedtailor.techniques import TECHNIQUES
-from fedtailor.trees import tensors
 
 PLAN = Plan(lr=1e-3)
 
@@ -71,11 +71,12 @@ def gpt2() -> Side:
 def unsplit(backbone: Backbone, batch: dict[str, Tensor], loss: Loss) -> Callable[[], int]:
     technique = TECHNIQUES["lora"](backbone, rank=8)
     forward, params = technique.bind(False), technique.init
-    state = optimizers.fresh(PLAN, dict(tensors(params)))
+    state: Tree = {}
 
     def step() -> int:
+        nonlocal params, state
         _, slopes, _ = slope(loss, forward, params, batch, {})
-        stepped(params, slopes, state)
+        params, state = stepped(PLAN, params, slopes, state, PLAN.lr)
         return 0
 
     return step
@@ -91,7 +92,11 @@ def split(backbone: Backbone, front: int, end: int, batch: dict[str, Tensor], lo
     techniques = [TECHNIQUES["lora"](part, rank=8) for part in each]
     forwards = [technique.bind(False) for technique in techniques]
     trees = [technique.init for technique in techniques]
-    states = [optimizers.fresh(PLAN, dict(tensors(tree))) for tree in trees]
+    states: list[Tree] = [{}, {}, {}]
+
+    def down(i: int, slopes: Tree) -> None:
+        trees[i], states[i] = stepped(PLAN, trees[i], slopes, states[i], PLAN.lr)
+
     mask = {"attention_mask": batch["attention_mask"]}
     inputs = {**mask, "input_ids": batch["input_ids"]}
 
@@ -107,23 +112,16 @@ def split(backbone: Backbone, front: int, end: int, batch: dict[str, Tensor], lo
         h1, kept1 = through(forwards[0], trees[0], inputs)
         h2, kept2 = through(forwards[1], trees[1], {**mask, HIDDEN: sent(h1)})
         _, slopes3, g2 = slope(loss, forwards[2], trees[2], {**batch, HIDDEN: sent(h2)}, {})
-        stepped(trees[2], slopes3, states[2])
+        down(2, slopes3)
         assert g2 is not None
         slopes2, g1 = back(kept2, sent(g2))
-        stepped(trees[1], slopes2, states[1])
+        down(1, slopes2)
         assert g1 is not None
         slopes1, _ = back(kept1, sent(g1))
-        stepped(trees[0], slopes1, states[0])
+        down(0, slopes1)
         return sum(sizes)
 
     return step
-
-
-def stepped(params: Tree, slopes: Tree, state: Tree) -> None:
-    leaves = dict(tensors(params))
-    for name, g in tensors(slopes):
-        leaves[name].grad = g
-    optimizers.apply(PLAN, leaves, state, PLAN.lr)
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def test_three_tensors_a_step_where_the_front_is_frozen_and_four_where_it_trains
 def test_a_layer_is_averaged_over_who_has_it() -> None:
     one, two = {"a": torch.tensor([2.0]), "b": torch.tensor([8.0])}, {"b": torch.tensor([2.0])}
     middles = {"c0": {"params": one, "n": 1.0}, "c1": {"params": two, "n": 3.0}}
-    mean = mean_of(middles, ["c0", "c1"])
+    mean = mean_of(middles)
     assert (float(mean["a"]), float(mean["b"])) == (2.0, 3.5)
     pulled = aligned(middles, "c0", 1.0)
     assert (float(pulled["a"]), float(pulled["b"])) == (2.0, (8 + 3.5) / 2)
@@ -206,3 +206,20 @@ def test_operations_of_the_parts_are_those_of_the_whole(techniques: Techniques, 
             assert there[0] == 0  # embeddings are looked up
             assert (sum(both) > plain[1](3, width)) == inward
             assert inward or sum(both) == plain[1](3, width)
+
+
+def test_a_newcomers_prefix_has_a_column_for_every_layer(federation: Federation) -> None:
+    done = federation("flexp", family="vit", technique="prefix", topts={"length": 2}, options={"front": 0}, plan=ADAM, rounds=1)
+    init, model = done.world.technique.init, done.world.algorithm.model(done.state)
+    assert {n: t.shape for n, t in model.items()} == {n: t.shape for n, t in init.items()}
+    _, middle, last = parts(2, 0, 1)
+    assert same(over(done.world).part(model, last), over(done.world).part(init, last))
+    assert not same(over(done.world).part(model, middle), over(done.world).part(init, middle))
+
+
+def test_what_nobody_goes_back_through_is_not_kept(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = federation("flexp", options={"front": 0}, plan=ADAM, rounds=2)
+    assert not done.world.steps._kept
+    monkeypatch.setattr("fedtailor.engines.splitting.KEPT", 0)  # every graph is lost: the way is gone again
+    lost = federation("flexp", options={"front": 0}, plan=ADAM, rounds=2)
+    assert lost.hash == done.hash

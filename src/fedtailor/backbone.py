@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedtailor import attention
 from fedtailor.config import ModelSection
-from fedtailor.core import seed_of
+from fedtailor.core import HIDDEN, seed_of
 from fedtailor.errors import ConfigError, DataError, first_line, nearest
 
 
@@ -197,7 +197,7 @@ def sample_inputs(backbone: Backbone, length: int, rows: int = 1) -> dict[str, T
         known: Any = backbone.model.config
         width = known.get_text_config().hidden_size
         noise = torch.randn(rows, length, width, generator=torch.Generator().manual_seed(0))
-        return {"hidden_states": noise.to(device, next(backbone.model.parameters()).dtype)}
+        return {HIDDEN: noise.to(device, next(backbone.model.parameters()).dtype)}
     if backbone.kind == "image":
         config: Any = backbone.model.config
         size = config.image_size

@@ -20,12 +20,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedtailor.algorithms.fedavg import one_size
 from fedtailor.core import (
     HIDDEN,
     SERVER,
+    TARGETS,
     Algorithm,
     Back,
     ClientId,
@@ -83,49 +85,61 @@ def flexp(job: Job, *, front: int | list[int] = 1, back: int | list[int] = 1, al
         return parts(layers.depth, fronts[number % len(fronts)], backs[number % len(backs)])
 
     def init(params: Tree) -> State:
+        cuts = {cut(number) for number in range(len(fronts) * len(backs))}
+        held = [layers.part(params, between) for _, between, _ in cuts]
+        if len(cuts) > 1 and any(part[name].shape != params[name].shape for part in held for name in part):
+            raise ConfigError(
+                "algorithm flexp: a prefix is one table over all layers, which clients must cut alike: give one front and one back"
+            )
         return {"params": params, "middles": {}}
 
     def ends(own: Tree | None, site: Site) -> Tree:
+        if own:
+            return own
         first, _, last = cut(site.number)
         fresh = {"front": layers.part(site.init, first), "back": layers.part(site.init, last)}
-        return own or {**fresh, "moments": {"front": {}, "back": {}}}
+        return {**fresh, "moments": {"front": {}, "back": {}}}
 
-    def batch_at(site: Site, step: int) -> tuple[dict[str, Any], int]:
-        """(the batch of this step, steps in this round): the same whenever it is asked for."""
+    def order_of(site: Site) -> list[np.ndarray]:
+        """Rows of each step of this round: the same whenever they are asked for."""
+        return batches(job.plan, site.data["train"].lengths, site.random("split"))
+
+    def batch_of(site: Site, rows: np.ndarray) -> dict[str, Any]:
         data = site.data["train"]
-        order = batches(job.plan, data.lengths, site.random("split"))
-        if step >= len(order):
-            return {}, len(order)
-        rows = order[step]
-        return data.batch(rows, int(data.lengths[rows].max()), len(rows)), len(order)
+        return data.batch(rows, int(data.lengths[rows].max()), len(rows))
 
-    def through_front(own: Tree, site: Site, step: int) -> Through:
-        batch, _ = batch_at(site, step)
-        return Through(cut(site.number)[0], own["front"], inputs(batch), f"{site.id}/{site.round}/{step}/front")
+    def through_front(own: Tree, site: Site, batch: Tree, step: int) -> Through:
+        read = {name: x for name, x in batch.items() if name not in TARGETS}
+        return Through(cut(site.number)[0], own["front"], read, f"{site.id}/{site.round}/{step}/front")
 
     def go(own: Tree | None, msg: Message, site: Site) -> Flow:
         """Take the front's step back, if there is one, and go on to the next batch."""
-        own, step = ends(own, site), int(msg.info["step"])
-        _, steps = batch_at(site, step)
+        own, step, order = ends(own, site), int(msg.info["step"]), order_of(site)
         if "gradient" in msg.body:
-            slopes = yield Back(through_front(own, site, step - 1), msg.body["gradient"])
-            own = descended(own, "front", slopes.params, site, step - 1, steps)
-        info = {"step": float(step), "steps": float(steps), "n": float(len(site.data["train"])), "number": float(site.number)}
-        if step >= steps:
+            before = through_front(own, site, batch_of(site, order[step - 1]), step - 1)
+            slopes = yield Back(before, msg.body["gradient"])
+            own = descended(own, "front", slopes.params, site, step - 1, len(order))
+        info = {
+            "step": float(step),
+            "steps": float(len(order)),
+            "n": float(len(site.data["train"])),
+            "number": float(site.number),
+        }
+        if step >= len(order):
             return own, Message("rested", {}, info)
-        batch, _ = batch_at(site, step)
-        hidden = yield through_front(own, site, step)
+        batch = batch_of(site, order[step])
+        hidden = yield through_front(own, site, batch, step)
         mask = {MASK: batch[MASK].to(torch.uint8)} if MASK in batch else {}
         return own, Message("sent", {HIDDEN: hidden, **mask}, info)
 
     def turn(own: Tree | None, msg: Message, site: Site) -> Flow:
         """Loss, and the step of the back."""
-        own, step = ends(own, site), int(msg.info["step"])
-        batch, steps = batch_at(site, step)
+        own, step, order = ends(own, site), int(msg.info["step"]), order_of(site)
+        batch = batch_of(site, order[step])
         found = yield Slope(job.loss, cut(site.number)[2], own["back"], {**batch, HIDDEN: msg.body[HIDDEN]})
-        own = descended(own, "back", found.params, site, step, steps)
-        info = {"step": float(step), "steps": float(steps), "n": float(len(site.data["train"])), "loss": found.loss}
-        return own, Message("turned", {"gradient": found.hidden}, {**info, "examples": float(len(batch["labels"]))})
+        own = descended(own, "back", found.params, site, step, len(order))
+        info = {"step": float(step), "steps": float(len(order)), "n": float(len(site.data["train"])), "loss": found.loss}
+        return own, Message("turned", {"gradient": found.hidden}, {**info, "examples": float(len(order[step]))})
 
     def descended(own: Tree, end: str, slopes: Tree, site: Site, step: int, steps: int) -> Tree:
         rate = learning_rate(job.plan.at(site.round), step, steps)
@@ -202,7 +216,15 @@ def flexp(job: Job, *, front: int | list[int] = 1, back: int | list[int] = 1, al
 
     def model(state: State) -> Tree:
         """The ends as they began around the mean of the middles."""
-        return {**state["params"], **mean_of(state["middles"], list(state["middles"]))} if state["middles"] else state["params"]
+        params: Tree = state["params"]
+        middles: Tree = state["middles"]
+        if not middles:
+            return params
+        first, between, last = cut(0)
+        mean = mean_of(middles)
+        if mean.keys() == layers.part(params, between).keys():  # clients cut alike: a prefix's columns go back to their places
+            return layers.whole([layers.part(params, first), mean, layers.part(params, last)])
+        return {**params, **mean}
 
     _, judged = answer_with(job, lambda state: {}, personal)
     return Algorithm(
@@ -216,15 +238,10 @@ def flexp(job: Job, *, front: int | list[int] = 1, back: int | list[int] = 1, al
     )
 
 
-def inputs(batch: Tree) -> dict[str, Any]:
-    """What a model reads of a batch."""
-    return {name: x for name, x in batch.items() if name not in ("labels", "teacher")}
-
-
-def mean_of(middles: Tree, clients: list[ClientId]) -> Tree:
-    """The mean of each tensor over those of these clients whose middle has it, by their numbers of examples."""
+def mean_of(middles: Tree) -> Tree:
+    """The mean of each tensor over the clients whose middle has it, by their numbers of examples."""
     sums: Tree = {}
-    for client in sorted(clients):
+    for client in sorted(middles):
         weight = float(middles[client]["n"])
         for name, tensor in middles[client]["params"].items():
             total, count = sums.get(name, (0.0, 0.0))
@@ -237,5 +254,5 @@ def aligned(middles: Tree, client: ClientId, pull: float) -> Tree:
     own: Tree = middles[client]["params"]
     if not pull:
         return own
-    mean = mean_of(middles, list(middles))
+    mean = mean_of(middles)
     return {name: (tensor + pull * mean[name]) / (1 + pull) for name, tensor in own.items()}

@@ -68,6 +68,8 @@ def _slopes(outputs: Tensor, params: Tree, hidden: Tensor | None, gradient: Tens
     return tree_map(lambda t: slopes.get(id(t), t), params), None if hidden is None else slopes[id(hidden)]
 
 
+KEPT = 256
+"""Ways that are remembered for going back; for others the way is gone again."""
 Costs = Callable[[Part, bool], tuple[Flops, Flops]]
 """(part, inward) -> what going through it costs, and going through and back: (rows, width) -> operations."""
 
@@ -123,7 +125,10 @@ class Steps:
         many = len(group) > 1
         params, batch = _joined([t.params for t in group], self.device), _joined([dict(t.batch) for t in group], self.device)
         outputs, kept = through(self._forward(group[0].part, many), params, batch, group[0].inward)
-        self._kept |= {t.name: (kept, i if many else None) for i, t in enumerate(group)}
+        if kept.outputs.requires_grad:  # nobody comes back through what is frozen
+            self._kept |= {t.name: (kept, i if many else None) for i, t in enumerate(group)}
+        while len(self._kept) > KEPT:  # the oldest: of clients that were lost
+            del self._kept[next(iter(self._kept))]
         return [plain(x) for x in outputs] if many else [plain(outputs)]
 
     def _back(self, group: list[Back]) -> list[Slopes]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedtailor.backbone import Backbone, first_token, fork
-from fedtailor.core import TARGETS, Batch, Forward, Loss, Reader, Tree
+from fedtailor.core import HIDDEN, TARGETS, Batch, Forward, Loss, Reader, Tree
 from fedtailor.metrics import Metric
 
 DELTA = "delta"
@@ -69,8 +69,7 @@ def binder(
                 # GPT-2's Conv1D keeps (d_in, d_out) where Linear keeps (d_out, d_in).
                 swapped[bases[module]] = frozen + (change if _is_linear(own, bases[module]) else change.mT)
             inputs = {k: v for k, v in batch.items() if k not in TARGETS}
-            if "pixel_values" in inputs:
-                inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+            inputs |= {name: inputs[name].to(dtype) for name in ("pixel_values", HIDDEN) if name in inputs}
             with around(own, params) if around else nullcontext():
                 outputs = functional_call(own, swapped, (), inputs)
             # An encoder without a head has no logits: its last hidden states, (batch, tokens, width), are what it says.
