@@ -619,7 +619,9 @@ def test_the_loss_falls(kind: str, federation: Federation) -> None:
     """A sign error anywhere between gradient and server would make it grow."""
     plan = Plan(epochs=4, batch=4, lr=0.05, optimizer="sgd") if kind == "scaffold" else PLAN._replace(epochs=3)
     lr = {"fedadam": {"lr": 0.01}, "fedyogi": {"lr": 0.01}, "fedadagrad": {"lr": 0.02}}.get(kind, {})
-    more = {"asynchronous": {"buffer": 3}, "flexp": {"front": 0}}.get(kind, {})
+    of_two_layers = ("flexp", "pfsl", "phsfl", "splitfed", "splitlora")
+    more: dict[str, Any] = {"front": 0} if kind in of_two_layers else {"buffer": 3} if kind == "asynchronous" else {}
+    plan = plan._replace(rounds=4, steps=6 if kind == "pfsl" else 0)
     done = federation(kind, rounds=4, plan=plan, options={**lr, **more})
     start = federation(kind, rounds=1, plan=plan._replace(lr=1e-9), options={"lr": 1e-9} if lr else more)
 

@@ -54,10 +54,14 @@ CASES: dict[str, Case] = {
     "flora": Case(topts={"rank": 2}, sizes={"c0": 1, "c1": 2, "c2": 3}),
     "hetlora": Case({"gamma": 0.7, "r_min": 1, "lam": 0.1}, topts={"rank": 3}, sizes={"c0": 1, "c1": 3, "c2": 3}),
     "local": Case(),
+    "pfsl": Case({"front": 0, "personal": 1}, plan=SGD._replace(steps=2, rounds=3)),
+    "phsfl": Case({"front": 0, "edges": 2, "edge_rounds": 2, "personal": 1}, plan=SGD._replace(rounds=4)),
     "pooled": Case(),
     "prompt-search": Case({"candidates": 5, "keep": 2, "rows": 4}, technique="template"),
     "rag": Case({"access": "answers", "train": True, "queries": 4}, technique="retriever", topts={"rank": 2}),
     "scaffold": Case(plan=SGD),
+    "splitfed": Case({"front": 0, "version": "v2"}, technique="full", plan=SGD),
+    "splitlora": Case({"front": 0}, plan=SGD),
     "zero-shot": Case(technique="template"),
     "zeroth-order": Case({"seeds": 8, "steps": 2}, technique="prompt", topts={"length": 2}),
 }
@@ -103,7 +107,12 @@ def holds_no_example(seen: Seen, examples: list[torch.Tensor]) -> None:
         # Tallies are counts; seeds of directions and classes by rank say nothing of a text; all else is learned, hence real.
         if leaf.is_floating_point():
             assert not any(occurs(example, leaf) for example in examples), name
-        elif (seen.reply.verb, name) not in (("moved", "seed"), ("said", "classes"), ("sent", "attention_mask")):
+        elif (seen.reply.verb, name) not in (
+            ("moved", "seed"),
+            ("said", "classes"),
+            ("sent", "attention_mask"),
+            ("sent", "rows"),
+        ):
             assert seen.reply.verb in COUNTS, name
             assert leaf.numel() == 1, name
 
@@ -198,7 +207,7 @@ def test_lost_clients_leave_a_valid_state(kind: str, world: Maker) -> None:
         assert set(own) == set(here.clients)
     elif kind == "prompt-search":  # the best may stay the best
         assert not same(back, some)
-    elif kind not in ("asynchronous", "zero-shot"):  # whoever was lost is still waited for there
+    elif kind not in ("asynchronous", "pfsl", "zero-shot"):  # whoever was lost is still waited for; the round is the personal one
         assert not same(here.algorithm.model(back), here.algorithm.model(some))
     # No tree that was given to the round is changed by it.
     assert same(start, here.algorithm.init(here.technique.init))

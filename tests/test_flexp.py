@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from federations import Outcome, World
+from federations import Outcome, World, run_world
 from fedtailor.algorithms.flexp import aligned, mean_of
-from fedtailor.core import HIDDEN, Device, Layers, Message, Part, Plan, Tree
+from fedtailor.algorithms.split_training import MASK
+from fedtailor.core import HIDDEN, Device, Layers, Letters, Message, Part, PartCost, Plan, Tree
 from fedtailor.cut import parts
 from fedtailor.engines.batches import batches
+from fedtailor.engines.cache import Cache
 from fedtailor.engines.splitting import slope
-from fedtailor.errors import ConfigError
-from fedtailor.evaluation import costs
+from fedtailor.errors import ConfigError, RunError
 from fedtailor.optimizers import fresh, stepped
+from fedtailor.planning import costs
 from fedtailor.techniques import TECHNIQUES
-from fedtailor.techniques.parts import on_part
+from fedtailor.techniques.parts import layers, on_part
 from tiny import distance, same
 
 Federation = Callable[..., Outcome]
@@ -83,7 +87,7 @@ def test_ends_are_nobodys_but_their_clients(federation: Federation) -> None:
     assert all(set(m["params"]) == held for m in done.state["middles"].values())
     for seen in done.log:
         if seen.client != "server" and seen.reply.verb != "judged":
-            assert set(seen.reply.body) <= {HIDDEN, "attention_mask", "gradient"}
+            assert set(seen.reply.body) <= {"rows", "said", "gradient"}
     backs = [done.own[c]["back"] for c in done.world.clients]
     assert set(backs[0]) == set(over(done.world).part(init, last))
     assert not same(backs[0], backs[1])
@@ -98,7 +102,8 @@ def test_three_tensors_a_step_where_the_front_is_frozen_and_four_where_it_trains
     """Each is batch x tokens x width numbers, up or down; the mask goes up with the first."""
     for topts, back in (({"rank": 2}, 0), ({}, 1)):
         kind = "lora" if topts else "full"  # full trains the embeddings, which are the front
-        done = federation("flexp", technique=kind, topts=topts, options={"front": 0}, plan=ADAM, rounds=1)
+        options = {"front": 0, "cache_mb": 0}
+        done = federation("flexp", technique=kind, topts=topts, options=options, plan=ADAM, rounds=1)
         sent = [s for s in done.log if s.reply.verb == "sent"]
         turned = [s for s in done.log if s.reply.verb == "turned"]
         gone = [s for s in done.log if s.letter.verb == "go" and "gradient" in s.letter.body]
@@ -110,6 +115,60 @@ def test_three_tensors_a_step_where_the_front_is_frozen_and_four_where_it_trains
             assert b.letter.body[HIDDEN].shape == b.reply.body["gradient"].shape == shape
             assert a.reply.body["attention_mask"].shape == shape[:2]
             assert a.reply.body["attention_mask"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize(("family", "kind"), [("bert", "lora"), ("gpt2", "lora"), ("vit", "head")])
+def test_what_a_frozen_front_said_is_sent_once(family: str, kind: str, federation: Federation) -> None:
+    """With the cache: each row's hidden states once, whatever the passes, and the same training to rounding."""
+    case = {"family": family, "technique": kind, "topts": {"rank": 2} if kind == "lora" else {}, "plan": ADAM, "rounds": 3}
+    options = {"front": 1, "back": 0, "train_front": False}
+    whole = federation("flexp", options={**options, "cache_mb": 0}, **case)
+    once = federation("flexp", options=options, **case)
+    for client in once.world.clients:
+        said = [row for seen in once.log if seen.client == client for row in seen.reply.body.get("said", {})]
+        assert sorted(map(int, said)) == list(range(len(once.world.sites(client, 1).data["train"])))
+        assert distance(joined(once, client), joined(whole, client)) < 1e-3
+    assert once.ledger.total("bytes_up") < 0.7 * whole.ledger.total("bytes_up")
+
+
+def test_a_lost_cache_is_filled_again_with_the_same_bits(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nothing is aligned: who is asked again is later, and clients that pull at each other would do so in another order.
+    options = {"front": 1, "back": 0, "train_front": False, "alignment": 0.0}
+    straight = federation("flexp", options=options, plan=ADAM, rounds=3)
+    found = Cache.recall
+    asked: list[int] = []
+
+    def forgetful(self: Cache, names: list[str]) -> Tree:
+        asked.append(1)
+        if len(asked) % 5 == 0:
+            self._places.clear()
+        return found(self, names)
+
+    monkeypatch.setattr(Cache, "recall", forgetful)
+    forgot = federation("flexp", options=options, plan=ADAM, rounds=3)
+    assert any("again" in seen.letter.info for seen in forgot.log)
+    assert forgot.hash == straight.hash
+
+
+def test_a_full_cache_keeps_what_it_has(federation: Federation) -> None:
+    options = {"front": 1, "back": 0, "train_front": False}
+    straight = federation("flexp", options=options, plan=ADAM, rounds=3)
+    small = federation("flexp", options={**options, "cache_mb": 0.008}, plan=ADAM, rounds=3)
+    kept = [int(own["kept"].sum()) for own in small.own.values()]
+    assert 0 < sum(kept) < sum(len(own["kept"]) for own in small.own.values())
+    assert same(small.state["middles"], straight.state["middles"])
+    assert small.ledger.total("bytes_up") > straight.ledger.total("bytes_up")
+
+
+def test_a_head_alone_reads_one_token(federation: Federation) -> None:
+    """back = 0: an encoder's head reads the first token, so no other comes down, and no other gradient goes up."""
+    for family, first in (("bert", True), ("gpt2", False)):
+        done = federation("flexp", family=family, options={"front": 1, "back": 0, "cache_mb": 0}, plan=ADAM, rounds=1)
+        for seen in done.log:
+            if seen.letter.verb == "turn":
+                tokens = seen.letter.body[HIDDEN].shape[1]
+                assert (tokens == 1) == first
+                assert seen.reply.body["gradient"].shape == seen.letter.body[HIDDEN].shape
 
 
 def test_a_layer_is_averaged_over_who_has_it() -> None:
@@ -127,7 +186,7 @@ def test_cuts_may_differ(world: Maker, federation: Federation) -> None:
     with pytest.raises(ConfigError, match="leave one or more between"):
         world("flexp", options={"front": [0, 1], "back": 1})
     done = federation("flexp", options={"front": [0, 0, 0], "back": [1]}, plan=ADAM)
-    assert {m["number"] for m in done.state["middles"].values()} == {0.0, 1.0, 2.0}
+    assert {c["number"] for c in done.state["clients"].values()} == {0, 1, 2}
 
 
 def test_nobody_waits_for_a_slow_client(federation: Federation) -> None:
@@ -145,7 +204,7 @@ def test_nobody_waits_for_a_slow_client(federation: Federation) -> None:
 
 
 def test_a_prefix_that_counts_as_text_needs_a_layer_at_the_front(world: Maker) -> None:
-    with pytest.raises(ConfigError, match="clients need 1 layer at the front"):
+    with pytest.raises(ConfigError, match="clients need 1 layers at the front"):
         world("flexp", technique="prefix", topts={"length": 2}, options={"front": 0})
 
 
@@ -180,8 +239,8 @@ def test_a_stale_message_is_refused(world: Maker) -> None:
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"alignment": -1.0}, "algorithm.alignment must not be negative"),
-        ({"front": 0, "back": 0}, "back must be at least 1"),
+        ({"alignment": -1.0}, "must not be negative"),
+        ({"front": -1}, "algorithm.front = -1"),
         ({"front": [], "back": 1}, "or lists of them"),
         ({"front": 2, "back": 1}, "leave one or more between"),
     ],
@@ -223,3 +282,79 @@ def test_what_nobody_goes_back_through_is_not_kept(federation: Federation, monke
     monkeypatch.setattr("fedtailor.engines.splitting.KEPT", 0)  # every graph is lost: the way is gone again
     lost = federation("flexp", options={"front": 0}, plan=ADAM, rounds=2)
     assert lost.hash == done.hash
+
+
+def costly(layers: Layers) -> Layers:
+    """Layers of which each takes 10 bytes and 10 operations of who holds it, and the head 5."""
+    return layers._replace(
+        cost=lambda part, rows, width: PartCost(
+            10.0 * (part.stop - part.start) + 5 * part.last, 0, 1, 10.0 * (part.stop - part.start)
+        ),
+        hidden=32,
+    )
+
+
+def four_layers(world: Maker, monkeypatch: pytest.MonkeyPatch, **case: Any) -> World:
+    """A federation whose algorithm believes that parts have those costs."""
+    monkeypatch.setattr("federations.layers", lambda technique: costly(layers(technique)))
+    return world("flexp", plan=ADAM, **case)
+
+
+@pytest.mark.parametrize(("rule", "fronts"), [("optimal", (0, 0)), ("memory", (1, 1))])
+def test_each_device_gets_its_cut(
+    rule: str, fronts: tuple[int, int], world: Maker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """c0 is slow and small; c1 is quicker than the server; c2 has no room for any part and is told so."""
+    slow = Device("slow", flops=1.0, memory=16.0)
+    devices = {"c0": slow, "c1": Device("quick", flops=1e6), "c2": Device("thimble", memory=3.0)}
+    options = {"front": rule, "back": 0, "least_front": 0}
+    here = four_layers(world, monkeypatch, options=options, devices=devices)
+    done = run_world(here, tmp_path, 1)
+    clients = done.state["clients"]
+    assert (clients["c0"]["front"], clients["c1"]["front"]) == fronts
+    assert clients["c2"]["unfit"] == 1
+    assert "c2" not in done.state["middles"]
+    assert any("c2 set aside: device 'thimble'" in line for line in done.notices)
+    assert set(done.answers) == {"c0", "c1", "c2"}
+
+
+def test_where_no_device_has_room_the_run_ends(world: Maker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    devices = dict.fromkeys(("c0", "c1", "c2"), Device("thimble", memory=3.0))
+    here = four_layers(world, monkeypatch, options={"front": 0, "back": 0}, devices=devices)
+    with pytest.raises(RunError, match=r"no client can take part: .*device 'thimble'"):
+        run_world(here, tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    ("reply", "line"),
+    [
+        (Message("sent", {HIDDEN: torch.zeros(2, 3, 7), MASK: torch.ones(2, 3, dtype=torch.uint8)}), r"shape \[2, 3, 7\]"),
+        (Message("sent", {HIDDEN: torch.zeros(2, 3, 32), MASK: torch.ones(2, 9, dtype=torch.uint8)}), r"mask has shape \[2, 9\]"),
+        (Message("sent", {}), "hidden_states"),
+        (Message("sent", {HIDDEN: torch.zeros(2, 3, 32)}, {"front": 9.0}), "cannot be cut into 9"),
+    ],
+)
+def test_a_message_of_a_wrong_shape_sets_its_client_aside(
+    reply: Message, line: str, world: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = four_layers(world, monkeypatch, options={"front": 0})
+    talk = here.algorithm.round(here.algorithm.init(here.technique.init), ["c0"])
+    next(talk)
+    info = {"pass": 1.0, "step": 0.0, "steps": 2.0, "n": 6.0, "front": 0.0, "back": 1.0, "inward": 0.0, **reply.info}
+    letters = talk.send({"c0": reply._replace(info=info)})
+    assert isinstance(letters, Letters)
+    assert not letters.to
+    assert re.search(f"c0 set aside: .*{line}", letters.note)
+
+
+def test_one_slow_and_one_lost_client_delay_nobody(federation: Federation) -> None:
+    """c0 takes twenty times as long, then is lost half-way: the others' passes end at the same simulated seconds."""
+    quick, slow = Device(latency=0.01), Device(latency=0.2)
+    ends: list[dict[tuple[str, float], float]] = []
+    for first in (quick, slow, slow._replace(dropout=0.5)):
+        devices = {"c0": first, "c1": quick, "c2": quick}
+        done = federation("flexp", options={"front": 0}, plan=ADAM._replace(rounds=3), rounds=3, devices=devices)
+        counts = {c: sum(seen.client == c for seen in done.log) for c in devices}
+        ends.append({c: line["simulated_seconds"] for c, line in done.ledger.clients.items() if c in ("c1", "c2")})  # type: ignore[misc]
+        assert counts["c1"] > 12
+    assert ends[0] == ends[1] == ends[2]

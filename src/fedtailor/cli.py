@@ -104,6 +104,37 @@ def compare(
 
 
 @app.command()
+def plan(
+    experiment: Annotated[
+        str | None, typer.Argument(help="EXPERIMENT.toml, or a name in experiments/. Without: the defaults.")
+    ] = None,
+    preset: Preset = None,
+    set_: Set = None,
+    as_json: As_json = False,
+) -> None:
+    """Tell what an experiment will cost its devices, uncut and cut by layers, and with other techniques; nothing is trained."""
+    from fedtailor.planning import plan as planned
+
+    found = planned(_experiment(experiment, None, set_, preset))
+    if as_json:
+        print(json.dumps(found))
+        return
+    console = _console()
+    console.print(
+        f"{found['model']}, technique {found['technique']}; batches of {found['rows']} x {found['width']} tokens (median; the longest, for which "
+        f"there must be memory, {found['widest']}), {found['steps']} steps a client and round (median)"
+    )
+    for device in found["devices"]:
+        memory = f"{device['memory_bytes'] / 1e6:,.1f} MB" if device["memory_bytes"] else "any memory"
+        console.print(f"\ndevice {device['device']} ({memory})")
+        _table(console, *_cuts_table(device))
+        console.print(device["why"], soft_wrap=True)
+    if found["techniques"]:
+        console.print("\ntechniques with their default options, uncut; bytes are those of a round's letter as fedavg sends it")
+        _table(console, *_techniques_table(found["techniques"]))
+
+
+@app.command()
 def evaluate(run: RunFolder, as_json: As_json = False) -> None:
     """Judge a run's model again, on the global test set and on every client's own test split."""
     from fedtailor.evaluation import judge_again
@@ -266,6 +297,38 @@ def _summary_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]
         if value is not None:
             rows.append([title, form.format(value // 1_000_000 if key == "peak_memory_bytes" else value)])
     return ["measure", "value"], rows
+
+
+def _cuts_table(device: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    head = ["front | back", "trained", "memory, MB", "Mflop a step", "kB up a round", "kB down a round", "s a round", "fits"]
+    lines = [("uncut", device["uncut"]), *((f"{cut['front']} | {cut['back']}", cut) for cut in device["cuts"])]
+    body = [
+        [
+            name,
+            f"{line['trained']:,}",
+            f"{line['memory_bytes'] / 1e6:,.1f}",
+            f"{line['flops_per_step'] / 1e6:,.1f}",
+            f"{line['bytes_up_per_round'] / 1e3:,.1f}",
+            f"{line['bytes_down_per_round'] / 1e3:,.1f}",
+            f"{line['seconds_per_round']:,.2f}",
+            "yes" if line["fits"] else "no",
+        ]
+        for name, line in lines
+    ]
+    return head, body
+
+
+def _techniques_table(lines: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    shown = {"trained": 1, "bytes_up": 1, "bytes_down": 1, "memory_bytes": 1e6, "flops_per_step": 1e6}
+    head = ["technique", "trained", "bytes up", "bytes down", "memory, MB", "Mflop a step"]
+    body = [
+        [
+            line["technique"],
+            *("-" if key not in line else f"{line[key] / unit:,.{0 if unit == 1 else 1}f}" for key, unit in shown.items()),
+        ]
+        for line in lines
+    ]
+    return head, body
 
 
 def _cited(number: int, passage: dict[str, Any], width: int = 100) -> str:

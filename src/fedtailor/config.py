@@ -134,6 +134,7 @@ class EngineSection(Section):
     workers: int = Field(0, ge=0, description="threads that each train a group; 0 chooses")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
     precision: Literal["fp32", "bf16"] = "fp32"
+    server_gflops: float = Field(0, ge=0, description="speed of the server on the virtual clock; 0: its work takes no time")
 
 
 class EvaluateSection(Section):

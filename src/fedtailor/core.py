@@ -138,13 +138,29 @@ class Part(NamedTuple):
     last: bool
 
 
+class PartCost(NamedTuple):
+    """What a part of a cut model costs who holds and trains it, for one step of rows x width."""
+
+    memory: float  # bytes at the highest point, beyond the interpreter and its libraries
+    weights: float  # bytes, of this part only
+    trained: int  # numbers
+    flops: float  # operations through and back
+    held: float = 0.0  # bytes of `memory` that stay between steps: weights, trained tensors, their moments
+    kept: float = 0.0  # bytes that wait for going back while other parts work
+    tied: float = 0.0  # bytes of `weights` that the front has too: who holds both has them once
+
+
 class Layers(NamedTuple):
-    """How a technique's tree lies over the layers of its model."""
+    """How a technique's tree lies over the layers of its model, and what parts of it cost."""
 
     depth: int
     part: Callable[[Tree, Part], Tree]  # what of a whole tree belongs to a part
     whole: Callable[[Sequence[Tree]], Tree]  # the trees of the parts, front to back, as one
     least: int = 0  # layers that a front must have
+    cost: Callable[[Part, int, int], PartCost] | None = None  # (part, rows, width) -> costs; counted when first asked for
+    hidden: int = 0  # width of the hidden states between layers
+    tokens: int = 0  # hidden states of an input, where that is not the width of the batch (images)
+    read: int = 0  # tokens of the last layer's that the head reads; 0: all
 
 
 class Through(NamedTuple):
@@ -155,6 +171,7 @@ class Through(NamedTuple):
     batch: Batch
     name: str  # of what stays
     inward: bool = True  # whether going back gives the gradient of the hidden states that came in
+    back: bool = True  # whether anybody comes back; if nobody does, the outputs are the same bits whoever else is asked
 
 
 class Back(NamedTuple):
@@ -182,7 +199,20 @@ class Slopes(NamedTuple):
     loss: float = 0.0
 
 
-Step: TypeAlias = Through | Back | Slope
+class Keep(NamedTuple):
+    """Put tensors into the engine's cache; answered with whether they are all there: it has bounds, and may be lost at any time."""
+
+    items: Mapping[str, Tensor]
+    room: float  # bytes that the cache may take in all
+
+
+class Recall(NamedTuple):
+    """Answered with those tensors of these names that the cache has."""
+
+    names: Sequence[str]
+
+
+Step: TypeAlias = Through | Back | Slope | Keep | Recall
 Ask: TypeAlias = Fit | Predict | Step
 Flow: TypeAlias = Generator[Ask | list[Step], Any, tuple[Tree | None, Message]]
 """A client handler, running: yields asks, or a list of steps that are done together; returns (own new state, reply)."""
@@ -193,15 +223,20 @@ class Letters(NamedTuple):
 
     to: Mapping[ClientId, Message]
     wait: str = "all"  # all: every reply before the deadline | any: as soon as one reply is there
+    note: str = ""  # what the user should know
 
 
 Talk: TypeAlias = Generator[Letters | Mapping[ClientId, Message], dict[ClientId, Message], Any]
 """A conversation of the server, running: yields letters, is sent the replies that arrived, returns the new state."""
 
 
-def as_they_come(to: Mapping[ClientId, Message]) -> Letters:
+LOST = "lost"
+"""The verb of what an engine puts in the place of a reply that will not come, where a conversation takes replies as they come."""
+
+
+def as_they_come(to: Mapping[ClientId, Message], note: str = "") -> Letters:
     """Send these letters (perhaps none) and go on as soon as any reply is there, also one asked for earlier."""
-    return Letters(to, "any")
+    return Letters(to, "any", note)
 
 
 class Device(NamedTuple):
@@ -246,6 +281,7 @@ class Algorithm(NamedTuple):
     personal: Callable[[Tree | None, Tree, Site], Tree] | None = None  # (own, broadcast, site) -> a client's own tree
     trains: bool = True  # it moves tensors, so the technique must have some
     of_all_kinds: bool = False  # no tree crosses: clients may differ in technique and backbone
+    splits: bool = False  # a client holds a part of the model only
     updates: bool = True  # a client's replies are of one tree: what a filter lost of one may be given with the next
     consult: Callable[[State, list[ClientId]], Talk] | None = None  # the server's test texts are put to these clients; returns
     # a tree a text: its answer ("scores" of the classes, or "text"), and the "passages" that it rests on
@@ -287,6 +323,7 @@ class Job(NamedTuple):
     public: int = 0  # examples that everybody has, where there are any: a site's data["public"]
     similar: Callable[[str], list[str]] = lambda word: []  # words that the model takes for like this one, the nearest first
     layers: Layers | None = None  # where the model has layers by which it can be cut
+    server: Device = Device("server")  # on the virtual clock
     reader: Reader | None = None  # what reads retrieved passages, where the technique has one
 
 

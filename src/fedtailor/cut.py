@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtailor.backbone import fork
-from fedtailor.core import Part
+from fedtailor.core import Layers, Part
 from fedtailor.errors import ConfigError
 
 _given: contextvars.ContextVar[Tensor] = contextvars.ContextVar("given")
@@ -97,6 +97,20 @@ def parts(depth: int, front: int, back: int) -> tuple[Part, Part, Part]:
         )
     first = Part(0, front, True, False)
     return first, Part(front, depth - back, False, back == 0), Part(depth - back, depth, False, True)
+
+
+def cut_at(layers: Layers, front: int, back: int) -> tuple[Part, Part, Part]:
+    """(front, middle, back) where the client has the head in any case: with no layer at the back it has that alone.
+
+    Raises:
+        ConfigError: no layer is left for the middle, or the technique needs more at the front.
+    """
+    if front < layers.least:
+        raise ConfigError(
+            f"algorithm.front = {front}: with this technique clients need {layers.least} layers at the front, or more"
+        )
+    first, between, last = parts(layers.depth, front, back)
+    return first, between._replace(last=False), last
 
 
 def sever(model: Any, held: Sequence[Part]) -> None:

@@ -20,6 +20,7 @@ from fedtailor.errors import ConfigError, first_line
 from fedtailor.losses import classification, language
 from fedtailor.metrics import Metric, metric
 from fedtailor.options import algorithm_named, checked, choose
+from fedtailor.planning import costed
 from fedtailor.techniques import TECHNIQUES, Technique
 from fedtailor.techniques.parts import layers
 from fedtailor.techniques.peft import positions_taken
@@ -93,7 +94,6 @@ def equip(experiment: Experiment, facts: Facts) -> Model:
     def kit(model: ModelSection, technique: TechniqueSection) -> Kit:
         options = checked(choose(TECHNIQUES, "technique", technique.kind), "technique", technique.options, "backbone")
         backbone = loaded(model.model_dump_json(), technique.kind == "template", technique.kind == "retriever")
-        _fits_memory(experiment, backbone)
         try:
             return Kit(backbone, TECHNIQUES[technique.kind](backbone, **options))
         except (RuntimeError, MemoryError) as error:  # torch's word for memory that there is not
@@ -129,12 +129,17 @@ def equip(experiment: Experiment, facts: Facts) -> Model:
         classes=experiment.model.labels or len(facts.labels),
         public=facts.public,
         similar=functools.partial(similar_words, backbone),
-        layers=layers(technique),
         reader=technique.reader,
+        server=Device("server", flops=1e9 * experiment.engine.server_gflops),
     )
+    remake = functools.partial(TECHNIQUES[kind], **experiment.technique.options)
+    job = job._replace(layers=costed(layers(technique), technique, remake, job))
     factory = algorithm_named(experiment.algorithm.kind)
     options = checked(factory, "algorithm", experiment.algorithm.options, "job")
     algorithm = factory(job, **options)
+    if not algorithm.splits:
+        for each in (Kit(backbone, technique), *kits):
+            _fits_memory(experiment, each.backbone)
     if algorithm.trains and not numel(technique.init):
         raise ConfigError(
             f"technique '{kind}' has nothing to train: algorithm {experiment.algorithm.kind} needs another one, "

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedtailor.backbone import sample_inputs
-from fedtailor.core import HIDDEN, SERVER, Batch, ClientId, Forward, Job, Letters, Part, Tree
+from fedtailor.core import SERVER, ClientId, Letters, Part, Tree
 from fedtailor.engines.answering import Crew, Workers
 from fedtailor.engines.local import Local
 from fedtailor.engines.splitting import Steps
@@ -19,13 +18,12 @@ from fedtailor.engines.training import Flops, no_flops
 from fedtailor.equip import Model
 from fedtailor.filters import chain
 from fedtailor.folder import checkpoint, defined, writing
-from fedtailor.ledger import Ledger, count_flops
-from fedtailor.losses import language
+from fedtailor.ledger import Ledger
 from fedtailor.metrics import mean_loss, total
+from fedtailor.planning import costs
 from fedtailor.simulation import World, build
 from fedtailor.techniques import TECHNIQUES, Technique
 from fedtailor.techniques.parts import on_part
-from fedtailor.trees import numel, tree_map
 
 
 def workers(model: Model, flops: Flops = no_flops, looks: Flops = no_flops) -> Workers | Crew:
@@ -45,27 +43,6 @@ def workers(model: Model, flops: Flops = no_flops, looks: Flops = no_flops) -> W
         return server
     pools = [Workers(kit.technique.bind, count, device, kit.flops, group, kit.looks) for kit in model.kits]
     return Crew(server, {client: pools[i % len(pools)] for i, client in enumerate(model.facts.clients)})
-
-
-def costs(technique: Technique, part: Part, job: Job, inward: bool = True) -> tuple[Flops, Flops]:
-    """What a part of a cut model costs through, and through and back, (rows, width) -> operations."""
-    forward, tree = technique.bind(False), tree_map(lambda t: t.to(job.device), technique.init)
-
-    def batch_of(width: int) -> dict[str, torch.Tensor]:
-        inputs = sample_inputs(technique.backbone, width)
-        if HIDDEN in inputs:
-            inputs[HIDDEN].requires_grad_(inward)
-        labels = torch.zeros((1, width) if job.loss is language else 1, dtype=torch.long, device=job.device)
-        return {**inputs, "labels": labels} if part.last else inputs
-
-    def total(forward: Forward, params: Tree, batch: Batch, aux: Tree) -> torch.Tensor:
-        return forward(params, batch).sum()
-
-    ragged = technique.backbone.kind != "image"
-    there = count_flops(forward, None, tree, batch_of, ragged)
-    if not numel(tree) and (part.first or not inward):  # frozen: nobody goes back
-        return there, there
-    return there, count_flops(forward, job.loss if part.last else total, tree, batch_of, ragged)
 
 
 def broadcast_of(model: Model, state: Tree, client: ClientId) -> Tree:

@@ -74,6 +74,7 @@ def _run(world: World, out: Path, watch: Watch) -> dict[str, Any]:
         deadline=experiment.clients.deadline,
         notice=watch.notice,
         progress=watch.client,
+        server=world.job.server,
     )
     done, state, earlier = 0, algorithm.init(world.technique.init), 0.0
     try:
@@ -110,6 +111,7 @@ def _run(world: World, out: Path, watch: Watch) -> dict[str, Any]:
             )
         watch.stage("evaluating on the test sets")
         summary: dict[str, Any] = defined(_finish(world, engine, state, states, ledger, elapsed, out))
+        engine.finish()
         summary["seconds_total"] = earlier + time.perf_counter() - started
     finally:
         engine.close()

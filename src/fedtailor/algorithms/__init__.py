@@ -17,9 +17,12 @@ from fedtailor.algorithms.flexp import flexp
 from fedtailor.algorithms.flora import flora
 from fedtailor.algorithms.hetlora import hetlora
 from fedtailor.algorithms.lora_averaging import fedit, fedsa, ffa
+from fedtailor.algorithms.pfsl import pfsl
+from fedtailor.algorithms.phsfl import phsfl
 from fedtailor.algorithms.prompt_search import prompt_search
 from fedtailor.algorithms.rag import rag
 from fedtailor.algorithms.scaffold import scaffold
+from fedtailor.algorithms.splitfed import splitfed, splitlora
 from fedtailor.algorithms.zeroth_order import zeroth_order
 from fedtailor.core import Algorithm
 
@@ -43,10 +46,14 @@ ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
     "flora": flora,
     "hetlora": hetlora,
     "local": local,
+    "pfsl": pfsl,
+    "phsfl": phsfl,
     "pooled": pooled,
     "prompt-search": prompt_search,
     "rag": rag,
     "scaffold": scaffold,
+    "splitfed": splitfed,
+    "splitlora": splitlora,
     "zero-shot": zero_shot,
     "zeroth-order": zeroth_order,
 }

@@ -3,13 +3,14 @@
     client:  trains from the version that it was sent; sends w_k - w and that version
     server:  waits for nobody: once `buffer` updates have come, w += eta_g mean(s(t - version) dw_k),  s(tau) = (1 + tau)^-power
 A round is one emptying of the buffer. Clients that are still busy are not asked again until their update is in, or until
-`patience` rounds have passed (their letter or reply was lost). power = 1/2 is the paper's choice; 0 ignores staleness.
+`patience` rounds have passed (their letter or reply was lost and nobody noticed). power = 1/2 is the paper's choice; 0 ignores staleness.
 """
 
 from __future__ import annotations
 
 from fedtailor.algorithms.fedavg import one_size
 from fedtailor.core import (
+    LOST,
     Algorithm,
     ClientId,
     Fit,
@@ -54,7 +55,7 @@ def asynchronous(job: Job, *, buffer: int = 5, server_lr: float = 1.0, power: fl
             letters = {}
             if not came:  # nobody is left under way
                 break
-            replies += sorted(came.items())
+            replies += sorted((c, message) for c, message in came.items() if message.verb != LOST)
             for client in came:
                 busy.pop(client, None)
         if not replies:

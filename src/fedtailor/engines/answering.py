@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedtailor.core import Ask, Back, ClientId, Fit, Fitted, Flow, Forward, Message, Predict, Slope, Step, Through, Tree
+from fedtailor.core import Ask, ClientId, Fit, Fitted, Flow, Forward, Message, Predict, Step, Tree
 from fedtailor.engines.splitting import Steps
 from fedtailor.engines.training import Flops, fit, no_flops
 from fedtailor.trees import numel, signature, tree_map
@@ -73,6 +73,10 @@ class Workers:
             return [one(item) for item in items]
         return list(self._pool.map(one, items))
 
+    def run(self, work: Callable[[Any], Any], items: list[Any]) -> list[Any]:
+        """work(item) for each item, results in the order of the items."""
+        return [work(item) for item in items] if self._pool is None else list(self._pool.map(work, items))
+
     def work(self, step: Step) -> tuple[float, float]:
         """(operations, example passes) of a step of a cut model."""
         assert self.steps
@@ -106,7 +110,7 @@ def answer(asks: Asks, workers: Workers, randoms: Randoms, stacked: bool, pace: 
 
     `randoms` gives each client its stream; `pace` is the seed of what all share (batches.py).
     """
-    done: Answers = _stepped(asks, workers.steps, stacked)
+    done: Answers = _stepped(asks, workers, stacked)
     for dropout in (False, True):
         fits = {c: a for c, a in asks.items() if isinstance(a, Fit) and a.plan.dropout == dropout}
         groups = grouped(fits, workers.group, EVEN) if stacked else [[c] for c in fits]
@@ -131,18 +135,18 @@ def answer(asks: Asks, workers: Workers, randoms: Randoms, stacked: bool, pace: 
     return done | {c: _ordered(found) for c, found in parts.items()}
 
 
-def _stepped(asks: Asks, steps: Steps | None, stacked: bool) -> Answers:
+def _stepped(asks: Asks, workers: Workers, stacked: bool) -> Answers:
     """The results of the steps of cut models among these asks; of a list, a list."""
     wanted = {
         (client, i): step
         for client, ask in asks.items()
         for i, step in enumerate(ask if isinstance(ask, list) else [ask])
-        if isinstance(step, Through | Back | Slope)
+        if not isinstance(step, Fit | Predict)
     }
     if not wanted:
         return {client: [] for client, ask in asks.items() if isinstance(ask, list)}
-    assert steps, "this engine has no parts of a cut model"
-    found = steps.answer(wanted, stacked)
+    assert workers.steps, "this engine has no parts of a cut model"
+    found = workers.steps.answer(wanted, stacked, workers.run)
     out: Answers = {}
     for client, ask in asks.items():
         if isinstance(ask, list):

@@ -11,10 +11,12 @@ import torch
 
 from fedtailor import wire
 from fedtailor.core import (
+    LOST,
     SERVER,
     Algorithm,
     Ask,
     ClientId,
+    Device,
     Fit,
     Fitted,
     Letters,
@@ -28,6 +30,7 @@ from fedtailor.core import (
     stream,
 )
 from fedtailor.engines.answering import Answers, Crew, Workers, answer, drive, looked
+from fedtailor.engines.cache import Cache
 from fedtailor.engines.clock import is_lost, seconds
 from fedtailor.engines.states import States
 from fedtailor.errors import RunError
@@ -71,10 +74,15 @@ class Local:
         deadline: float = 0.0,
         notice: Callable[[str], None] = lambda line: None,
         progress: Callable[[ClientId], None] = lambda client: None,
+        server: Device = Device(),
     ) -> None:
         self.algorithm, self.sites, self.workers, self.states, self.ledger = algorithm, sites, workers, states, ledger
         self.up, self.down, self.seed, self.stacked, self.deadline = up, down, seed, stacked, deadline
+        self.server = server
         self.notice, self.progress = notice, progress
+        steps = workers.of(SERVER).steps
+        self._cache = steps.cache if steps else Cache()
+        self._cache.lie(states.folder)
         self.clock = 0.0
         self.under_way: dict[ClientId, Reply] = {}
         self._steps = 0  # yields since the round began: part of what names a letter
@@ -95,16 +103,22 @@ class Local:
             if not isinstance(letters, Letters):
                 letters = Letters(letters)
             self._steps += 1
+            if letters.note:
+                self.notice(f"round {round}: {letters.note}")
             if sites is not None:
                 inbox = {r.client: r.message for r in self._work(letters.to, round, sites, free=True)}
             else:
                 inbox = self._exchange(letters, round)
 
     def _exchange(self, letters: Letters, round: int) -> dict[ClientId, Message]:
-        sent = self.clock
+        sent, silent = self.clock, set(letters.to) - {SERVER}
         for reply in self._work(letters.to, round, self.sites, free=False):
             self.under_way[reply.client] = reply
+            silent.discard(reply.client)
         if letters.wait == "any":
+            for client in silent:  # a line that is cut is noticed
+                noticed = self.deadline or 2 * self.sites(client, round).device.latency
+                self.under_way[client] = Reply(sent + noticed, client, Message(LOST))
             if not self.under_way:
                 return {}
             self.clock = max(self.clock, min(reply.arrives for reply in self.under_way.values()))
@@ -258,7 +272,7 @@ class Local:
             if "loss" in reply.info:
                 self.ledger.note(client, loss=reply.info["loss"])
             self._keep(client, own, {})
-            yield Reply(self.clock, client, reply)
+            yield Reply(self.clock + seconds(self.server, 0, flops, 0), client, reply)
             return
         filtered, memory = self.up.apply(reply, stored.get("filter", {}))
         self._keep(client, own, memory)
@@ -292,6 +306,7 @@ class Local:
         """What must survive a kill between rounds."""
         return {
             "clock": self.clock,
+            "cache": self._cache.dump(),
             "under_way": {
                 c: {"arrives": r.arrives, "verb": r.message.verb, "info": dict(r.message.info), "body": r.message.body}
                 for c, r in self.under_way.items()
@@ -300,9 +315,14 @@ class Local:
 
     def load(self, dumped: Tree) -> None:
         self.clock = float(dumped["clock"])
+        self._cache.load(dumped["cache"])
         self.under_way = {
             c: Reply(float(r["arrives"]), c, Message(r["verb"], r["body"], r["info"])) for c, r in dumped["under_way"].items()
         }
+
+    def finish(self) -> None:
+        """The run is done, not interrupted: what is only of use while it goes on can go."""
+        self._cache.remove()
 
     def close(self) -> None:
         self.workers.close()

@@ -11,14 +11,18 @@ With `torch.vmap(forward)` in the place of the forward, all of this is of many c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
-from fedtailor.core import HIDDEN, Back, Batch, Forward, Loss, Part, Slope, Slopes, Step, Through, Tree
+from fedtailor.core import HIDDEN, Back, Batch, Forward, Keep, Loss, Part, Recall, Slope, Slopes, Step, Through, Tree
+from fedtailor.engines.cache import Cache
 from fedtailor.engines.training import Flops, no_flops
 from fedtailor.trees import signature, tensors, tree_map, unstack
 
@@ -70,6 +74,7 @@ def _slopes(outputs: Tensor, params: Tree, hidden: Tensor | None, gradient: Tens
 
 KEPT = 256
 """Ways that are remembered for going back; for others the way is gone again."""
+Run = Callable[[Callable[[Any], Any], list[Any]], list[Any]]
 Costs = Callable[[Part, bool], tuple[Flops, Flops]]
 """(part, inward) -> what going through it costs, and going through and back: (rows, width) -> operations."""
 
@@ -82,26 +87,32 @@ class Steps:
     ) -> None:
         self._bind, self.device, self._costs = bind, device, costs
         self._known: dict[tuple[Part, bool], tuple[Flops, Flops]] = {}
-        self._forwards: dict[Part, Forward] = {}
+        self._forwards: dict[Part, queue.SimpleQueue[Forward]] = {}
+        self._lock = threading.Lock()
         self._kept: dict[str, tuple[Kept, int | None]] = {}  # by the name of a Through: with its place among those done together
+        self.cache = Cache()
 
-    def answer(self, steps: Mapping[Any, Step], stacked: bool) -> dict[Any, Any]:
-        """The results of these steps, by what they are called."""
-        done: dict[Any, Any] = {}
+    def answer(
+        self, steps: Mapping[Any, Step], stacked: bool, run: Run = lambda work, items: list(map(work, items))
+    ) -> dict[Any, Any]:
+        """The results of these steps, by what they are called; `run` may work on several groups at a time."""
         alike: dict[Any, list[Any]] = {}
         for key, step in steps.items():
-            alike.setdefault(_kind(step) if stacked else key, []).append(key)
-        for keys in alike.values():
-            group = [steps[key] for key in keys]
-            done |= dict(zip(keys, self._together(group), strict=True))
-        return done
+            alike.setdefault(_kind(step) if stacked and _stacks(step) else key, []).append(key)
+        found = run(self._together, [[steps[key] for key in keys] for keys in alike.values()])
+        return {
+            key: result
+            for keys, results in zip(alike.values(), found, strict=True)
+            for key, result in zip(keys, results, strict=True)
+        }
 
     def work(self, step: Step) -> tuple[float, float]:
         """(operations, example passes) of a step."""
+        if isinstance(step, Keep | Recall):
+            return 0.0, 0.0
         on = step.of if isinstance(step, Back) else step
-        rows, width = next(
-            x.shape[:2] if x.dim() == 2 or name == HIDDEN else (len(x), 1) for name, x in on.batch.items() if x.dim() > 1
-        )
+        read = on.batch[HIDDEN] if HIDDEN in on.batch else next(x for x in on.batch.values() if x.dim() > 1)
+        rows, width = len(read), read.shape[1] if read.dim() < 4 else 1  # texts and hidden states have tokens, images do not
         way = on.part, getattr(on, "inward", True)
         if way not in self._known:
             self._known[way] = self._costs(*way)
@@ -111,25 +122,43 @@ class Steps:
         return (both - there, 0.0) if isinstance(step, Back) else (both, float(rows))
 
     def _together(self, group: list[Any]) -> list[Any]:
+        if isinstance(group[0], Keep):
+            return [self.cache.keep(*ask) for ask in group]
+        if isinstance(group[0], Recall):
+            return [self.cache.recall(ask.names) for ask in group]
         if isinstance(group[0], Through):
-            return self._through(group)
+            return self._through(group) if group[0].back else [self._past(ask) for ask in group]
         return self._slope(group) if isinstance(group[0], Slope) else self._back(group)
 
-    def _forward(self, part: Part, many: bool) -> Forward:
-        if part not in self._forwards:
-            self._forwards[part] = self._bind(part)
-        forward = self._forwards[part]
-        return vmap(forward) if many else forward
+    @contextmanager
+    def _forward(self, part: Part) -> Iterator[Forward]:
+        """A forward of this part that nobody else uses meanwhile: a call puts tensors into its modules."""
+        with self._lock:
+            free = self._forwards.setdefault(part, queue.SimpleQueue())
+            forward = self._bind(part) if free.empty() else free.get()
+        try:
+            yield forward
+        finally:
+            free.put(forward)
 
     def _through(self, group: list[Through]) -> list[Tensor]:
         many = len(group) > 1
         params, batch = _joined([t.params for t in group], self.device), _joined([dict(t.batch) for t in group], self.device)
-        outputs, kept = through(self._forward(group[0].part, many), params, batch, group[0].inward)
-        if kept.outputs.requires_grad:  # nobody comes back through what is frozen
-            self._kept |= {t.name: (kept, i if many else None) for i, t in enumerate(group)}
-        while len(self._kept) > KEPT:  # the oldest: of clients that were lost
-            del self._kept[next(iter(self._kept))]
+        with self._forward(group[0].part) as forward:
+            outputs, kept = through(vmap(forward) if many else forward, params, batch, group[0].inward)
+        with self._lock:
+            if kept.outputs.requires_grad:  # nobody comes back through what is frozen
+                self._kept |= {t.name: (kept, i if many else None) for i, t in enumerate(group)}
+            while len(self._kept) > KEPT:  # the oldest: of clients that were lost
+                del self._kept[next(iter(self._kept))]
         return [plain(x) for x in outputs] if many else [plain(outputs)]
+
+    @torch.no_grad()
+    def _past(self, ask: Through) -> Tensor:
+        """Through, and never back."""
+        params, batch = _joined([ask.params], self.device), _joined([dict(ask.batch)], self.device)
+        with self._forward(ask.part) as forward:
+            return plain(forward(params, batch))
 
     def _back(self, group: list[Back]) -> list[Slopes]:
         """Those that went through together and come back together do so in one call; for any other the way is gone again alone."""
@@ -146,7 +175,8 @@ class Steps:
         out = []
         for ask in group:
             params, batch = _joined([ask.of.params], self.device), _joined([dict(ask.of.batch)], self.device)
-            _, kept = through(self._forward(ask.of.part, False), params, batch, ask.of.inward)
+            with self._forward(ask.of.part) as forward:
+                _, kept = through(forward, params, batch, ask.of.inward)
             out += _apart(*back(kept, placed(ask.gradient, self.device)), None, 1, False)
         return out
 
@@ -155,9 +185,8 @@ class Steps:
         first = group[0]
         parts = (_joined([dict(getattr(s, name)) for s in group], self.device) for name in ("params", "batch", "aux"))
         params, batch, aux = parts
-        value, slopes, hidden = slope(
-            _each(first.loss) if many else first.loss, self._forward(first.part, False), params, batch, aux
-        )
+        with self._forward(first.part) as forward:
+            value, slopes, hidden = slope(_each(first.loss) if many else first.loss, forward, params, batch, aux)
         return _apart(slopes, hidden, value, len(group), many)
 
 
@@ -181,7 +210,12 @@ def placed(tensor: Tensor, device: str) -> Tensor:
     return tensor.to(device, copy=True)
 
 
-def _kind(step: Step) -> Any:
+def _stacks(step: Step) -> bool:
+    """What nobody comes back through may be asked for again in other company, and must then be the same bits."""
+    return not isinstance(step, Keep | Recall) and (not isinstance(step, Through) or step.back)
+
+
+def _kind(step: Any) -> Any:
     """Steps of one kind go together."""
     if isinstance(step, Back):
         return (Back, *_kind(step.of)[1:])

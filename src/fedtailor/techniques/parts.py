@@ -59,15 +59,18 @@ def layers(technique: Technique) -> Layers | None:
 
     # A prefix that goes as a cache counts as text already read: who gives tokens their positions must have a piece of it.
     counted = technique.kind == "prefix" and positions_taken(technique) > 0
-    return Layers(depth, part, whole, int(counted))
+    return Layers(depth, part, whole, int(counted), read=int(technique.backbone.unread is not None))
 
 
 def on_part(technique: Technique, part: Part, make: Callable[[Backbone], Technique]) -> Technique:
     """The technique that `make` makes, on one part of this one's model: modules of its own, the same tensors. Where nothing of it is
     trained, the part is the model's alone."""
     model: Any = technique.backbone.model
-    backbone = technique.backbone._replace(model=only(model, part), unread=technique.backbone.unread if part.last else None)
     over = layers(technique)
-    if over and not over.part(technique.init, part):
-        return technique._replace(backbone=backbone, init={}, bind=binder(backbone.model, {}, backbone.unread))
+    ends = over is not None and part.start < part.stop == over.depth  # the last layer is here: of it the head may read one token
+    backbone = technique.backbone._replace(model=only(model, part), unread=technique.backbone.unread if ends else None)
+    held = over.part(technique.init, part) if over else {}
+    if over and (not held or (part.last and part.start == part.stop)):  # of what has no layers, the head's own tensors at most
+        paths = {name: max((p for p, _ in backbone.model.named_parameters() if name.endswith(p)), key=len) for name in held}
+        return technique._replace(backbone=backbone, init=held, bind=binder(backbone.model, paths, backbone.unread))
     return make(backbone)

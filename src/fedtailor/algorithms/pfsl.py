@@ -1,0 +1,60 @@
+"""PFSL: Personalized & Fair Split Learning with Data & Label Privacy for thin clients (Wadhwa et al., arXiv 2303.10624).
+
+The front is frozen and the same for all; the server holds a middle for each client, the client its back with the labels.
+    every step     front(x) up, middle's output down, its gradient up: three tensors, none for the front
+    every round    middles <- their plain mean;  backs <- their plain mean, sent back to all
+    last `personal` rounds   middles stand still, backs are no longer averaged: each client fits its own
+    fairness       every client does `train.steps` steps a round, whatever its data
+As in the authors' code the means are not weighted. In one thing we differ from it: what is frozen does not move (there Adam's
+moments go on moving the middles after the checkpoint), and the back is not averaged once more at the checkpoint.
+"""
+
+from __future__ import annotations
+
+from fedtailor.algorithms.split_training import Rules, algorithm, split
+from fedtailor.core import Algorithm, ClientId, Job, State, Talk, Tree
+from fedtailor.cut import cut_at
+from fedtailor.errors import ConfigError
+from fedtailor.trees import weighted_mean
+
+
+def pfsl(job: Job, *, front: int = 1, back: int = 1, personal: int = 0, cache_mb: float = 1000.0) -> Algorithm:
+    """PFSL: frozen fronts, a middle a client, equal work, plain means of middles and backs, and a personal phase at the end."""
+    if not job.plan.steps:
+        raise ConfigError("algorithm pfsl gives every client as much work: set train.steps, the steps of a client in a round")
+    if not 0 <= personal < max(job.plan.rounds, 1):
+        raise ConfigError(
+            f"algorithm.personal = {personal}: rounds of the personal phase at the end, fewer than rounds = {job.plan.rounds}"
+        )
+    common = job.plan.rounds - personal
+
+    def moves(round: int, place: str, name: str) -> bool:
+        return place == "back" or (place == "middle" and (not personal or round <= common))
+
+    own = split(job, "pfsl", Rules(lambda site: (front, back), moves, cache=1e6 * cache_mb))
+    layers = own.layers
+    first, between, last = cut_at(layers, front, back)
+
+    def together(number: int) -> bool:
+        return not personal or number <= common
+
+    def round(state: State, cohort: list[ClientId]) -> Talk:
+        number, params = state["round"] + 1, state["params"]
+        middles = {c: {**m, "params": layers.part(params, between)} for c, m in state["middles"].items()}
+        ends = {"back": layers.part(params, last)} if number > 1 and together(number - 1) else {}
+        after, rested = yield from own.steps({**state, "middles": middles}, cohort, dict.fromkeys(cohort, ends))
+        if not rested or not together(number):
+            return after
+        told = sorted(rested)
+        each = ([after["middles"][c]["params"] for c in told], [rested[c]["back"] for c in told])
+        middle, ends = (weighted_mean(trees, [1.0] * len(told)) for trees in each)
+        return {**after, "params": layers.whole([layers.part(params, first), middle, ends])}
+
+    def said(state: State, client: ClientId) -> Tree:
+        tree = {"middle": layers.part(state["params"], between)}
+        return {**tree, "back": layers.part(state["params"], last)} if together(state["round"]) else tree
+
+    def model(state: State) -> Tree:
+        return state["params"]  # type: ignore[no-any-return]
+
+    return algorithm(job, own, round, model, said)
