@@ -12,7 +12,7 @@ import torch
 
 from federations import Outcome, World, run_world
 from fedtailor.algorithms.flexp import aligned, mean_of
-from fedtailor.algorithms.split_training import MASK
+from fedtailor.algorithms.split_rules import MASK
 from fedtailor.core import HIDDEN, Device, Layers, Letters, Message, Part, PartCost, Plan, Tree
 from fedtailor.cut import parts
 from fedtailor.engines.batches import batches

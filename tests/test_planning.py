@@ -217,6 +217,17 @@ def test_only_admissible_cuts_are_in_the_grid() -> None:
     assert [(e.front, e.back) for e in found] == [*((a, 0) for a in range(1, 6)), *((a, 1) for a in range(1, 5)), (1, 3), (2, 3)]
 
 
+@pytest.mark.parametrize("family", ["bert", "gpt2", "vit"])
+def test_a_head_alone_costs_little(family: str, techniques: Callable[..., Any], federation: Callable[..., Any]) -> None:
+    whole = techniques(family, "head" if family != "gpt2" else "lora")
+    job = federation("local", family=family, technique=whole.kind, topts={}, rounds=1).world.job
+    own = on_part(whole, Part(2, 2, False, True), lambda b: TECHNIQUES[whole.kind](b))
+    there, both = costs(own, Part(2, 2, False, True), job)
+    least, _ = costs(whole, Part(0, 2, True, True), job)
+    assert 0 < there(3, 8) < both(3, 8)
+    assert there(3, 8) < (0.1 if family != "gpt2" else 1) * least(3, 8)
+
+
 def test_a_head_that_reads_one_token_is_sent_one() -> None:
     """With the head alone at the client: of the last layer's tokens the first comes down, and its gradient goes up."""
     whole, one = (estimates(HAND._replace(read=read), PHONE, FAST, 2, 5, fronts=[1], backs=(0,))[0] for read in (0, 1))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from federations import Outcome, World
-from fedtailor.algorithms.split_training import order_of
+from fedtailor.algorithms.split_client import order_of
 from fedtailor.core import HIDDEN, Plan, Tree, stream
 from fedtailor.cut import parts
 from fedtailor.engines.splitting import slope

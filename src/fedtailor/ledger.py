@@ -70,7 +70,7 @@ def count_flops(
             if loss:
                 loss(forward, leaves, batch_of(width), {}).backward()
             else:
-                with torch.no_grad():
+                with torch.no_grad():  # around both: a view of what wants a gradient confuses the counter
                     forward(leaves, batch_of(width))
         return float(counter.get_total_flops())
 

@@ -65,7 +65,7 @@ def costs(technique: Technique, part: Part, job: Job, inward: bool = True) -> tu
     def batch_of(width: int) -> dict[str, Tensor]:
         batch = _batch(technique, part, job, 1, width)
         if HIDDEN in batch:
-            batch[HIDDEN].requires_grad_(inward)
+            batch[HIDDEN].requires_grad_(inward and torch.is_grad_enabled())
         return batch
 
     def total(forward: Forward, params: Tree, batch: Batch, aux: Tree) -> Tensor:
@@ -506,9 +506,9 @@ def profile(world: World, now: Pace, device: Device, whole: Callable[[int, int],
         return {**found, "chosen": None, "why": str(error)}
     fitting = sum(cut.fits for cut in open_to)
     why = (
-        f"front {best.front}, back {best.back}: {best.seconds:.3g} s a step is the least among the cuts with {least} layers or more at the front that fit ({fitting} of {len(cuts)}), of "
-        f"equals the one with the fewest layers at the client; by memory alone it would be front {largest.front}; "
-        f"the uncut model {'fits' if whole_line['fits'] else 'does not fit'}"
+        f"front {best.front}, back {best.back}: {best.seconds:.3g} s a step is the least among the cuts that fit and have {least} or more layers at "
+        f"the front ({fitting} of {len(cuts)}), of equals the one with the fewest layers at the client; by memory alone it would be front "
+        f"{largest.front}; the uncut model {'fits' if whole_line['fits'] else 'does not fit'}"
     )
     return {**found, "chosen": {"front": best.front, "back": best.back}, "why": why}
 

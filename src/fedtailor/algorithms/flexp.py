@@ -18,7 +18,10 @@ from typing import Literal
 
 import numpy as np
 
-from fedtailor.algorithms.split_training import Rules, algorithm, order_of, own_middle, split
+from fedtailor.algorithms.split_client import order_of
+from fedtailor.algorithms.split_rules import Rules, ground
+from fedtailor.algorithms.split_server import steps
+from fedtailor.algorithms.split_training import own_middle, split_algorithm
 from fedtailor.core import Algorithm, ClientId, Job, Site, State, Talk, Tree
 from fedtailor.cut import cut_at
 from fedtailor.errors import ConfigError
@@ -81,32 +84,22 @@ def flexp(
             middles = {**middles, client: {**middles[client], "params": aligned(middles, client, rates[client] * alignment)}}
         return middles
 
-    own = split(
-        job,
-        "flexp",
-        Rules(
-            cut,
-            moves=lambda round, place, name: train_front or place != "front",
-            settle=settle,
-            ahead=True,
-            cache=1e6 * cache_mb,
-        ),
-    )
-    layers = own.layers
+    moves = lambda round, place, name: train_front or place != "front"  # noqa: E731
+    on = ground(job, "flexp", Rules(cut, moves, settle, ahead=True, cache=1e6 * cache_mb))
+    layers = on.layers
     for at in sorted(given):
         cut_at(layers, *at)
 
-    def begin(params: Tree) -> State:
+    def check(params: Tree) -> None:
         cuts = given or {(a, b) for a in range(layers.least, layers.depth - max(backs)) for b in backs}
         held = [layers.part(params, cut_at(layers, *at)[1]) for at in cuts]
         if len(cuts) > 1 and any(part[name].shape != params[name].shape for part in held for name in part):
             raise ConfigError(
                 "algorithm flexp: a prefix is one table over all layers, which clients must cut alike: give one front and one back"
             )
-        return own.begin(params)
 
     def round(state: State, cohort: list[ClientId]) -> Talk:
-        after, _ = yield from own.steps(state, cohort)
+        after, _ = yield from steps(on, state, cohort)
         return after
 
     def model(state: State) -> Tree:
@@ -122,7 +115,7 @@ def flexp(
             return layers.whole([layers.part(params, first), mean, layers.part(params, last)])
         return {**params, **mean}
 
-    return algorithm(job, own._replace(begin=begin), round, model, own_middle)
+    return split_algorithm(on, round, model, own_middle, check)
 
 
 def mean_of(middles: Tree) -> Tree:

@@ -11,7 +11,9 @@ moments go on moving the middles after the checkpoint), and the back is not aver
 
 from __future__ import annotations
 
-from fedtailor.algorithms.split_training import Rules, algorithm, split
+from fedtailor.algorithms.split_rules import Rules, ground
+from fedtailor.algorithms.split_server import steps
+from fedtailor.algorithms.split_training import split_algorithm
 from fedtailor.core import Algorithm, ClientId, Job, State, Talk, Tree
 from fedtailor.cut import cut_at
 from fedtailor.errors import ConfigError
@@ -31,8 +33,8 @@ def pfsl(job: Job, *, front: int = 1, back: int = 1, personal: int = 0, cache_mb
     def moves(round: int, place: str, name: str) -> bool:
         return place == "back" or (place == "middle" and (not personal or round <= common))
 
-    own = split(job, "pfsl", Rules(lambda site: (front, back), moves, cache=1e6 * cache_mb))
-    layers = own.layers
+    on = ground(job, "pfsl", Rules(lambda site: (front, back), moves, cache=1e6 * cache_mb))
+    layers = on.layers
     first, between, last = cut_at(layers, front, back)
 
     def together(number: int) -> bool:
@@ -42,7 +44,7 @@ def pfsl(job: Job, *, front: int = 1, back: int = 1, personal: int = 0, cache_mb
         number, params = state["round"] + 1, state["params"]
         middles = {c: {**m, "params": layers.part(params, between)} for c, m in state["middles"].items()}
         ends = {"back": layers.part(params, last)} if number > 1 and together(number - 1) else {}
-        after, rested = yield from own.steps({**state, "middles": middles}, cohort, dict.fromkeys(cohort, ends))
+        after, rested = yield from steps(on, {**state, "middles": middles}, cohort, dict.fromkeys(cohort, ends))
         if not rested or not together(number):
             return after
         told = sorted(rested)
@@ -57,4 +59,4 @@ def pfsl(job: Job, *, front: int = 1, back: int = 1, personal: int = 0, cache_mb
     def model(state: State) -> Tree:
         return state["params"]  # type: ignore[no-any-return]
 
-    return algorithm(job, own, round, model, said)
+    return split_algorithm(on, round, model, said)

@@ -16,7 +16,9 @@ import math
 import torch
 from torch import Tensor
 
-from fedtailor.algorithms.split_training import ENDS, Rules, algorithm, split
+from fedtailor.algorithms.split_rules import ENDS, Rules, ground
+from fedtailor.algorithms.split_server import steps
+from fedtailor.algorithms.split_training import split_algorithm
 from fedtailor.core import Algorithm, ClientId, Job, State, Talk, Tree, stream
 from fedtailor.cut import cut_at
 from fedtailor.errors import ConfigError
@@ -42,17 +44,16 @@ def phsfl(
     def start(params: Tree) -> Tree:
         return {name: he(tensor, job.seed, name) if of_head(name) else tensor for name, tensor in params.items()}
 
-    own = split(job, "phsfl", Rules(lambda site: (front, back), moves, cache=1e6 * cache_mb, start=start))
-    layers = own.layers
+    on = ground(job, "phsfl", Rules(lambda site: (front, back), moves, cache=1e6 * cache_mb, start=start))
+    layers = on.layers
     cuts = dict(zip(("front", "middle", "back"), cut_at(layers, front, back), strict=True))
 
-    def begin(params: Tree) -> State:
+    def check(params: Tree) -> None:
         heads = [name for name in params if of_head(name)]
         if not heads or len(heads) == len(params):
             raise ConfigError(
                 "algorithm phsfl freezes heads and trains the rest: choose a technique that trains both (lora, prefix)"
             )
-        return {**own.begin(params), "edges": {}}
 
     def body(state: State, client: ClientId) -> Tree:
         """front, middle and back of what this client's edge server has, without the head."""
@@ -69,7 +70,7 @@ def phsfl(
         bodies = {c: body(state, c) for c in cohort} if trains_body(max(1, number - 1)) else {}
         middles = {c: {**m, "params": bodies[c]["middle"]} if c in bodies else m for c, m in state["middles"].items()}
         ends = {c: {end: tree[end] for end in ENDS} for c, tree in bodies.items()}
-        after, rested = yield from own.steps({**state, "middles": middles}, cohort, ends)
+        after, rested = yield from steps(on, {**state, "middles": middles}, cohort, ends)
         if not rested or not trains_body(number):
             return after
         clients, heads = after["clients"], {n: t for n, t in state["params"].items() if of_head(n)}
@@ -93,7 +94,7 @@ def phsfl(
     def model(state: State) -> Tree:
         return state["params"]  # type: ignore[no-any-return]
 
-    return algorithm(job, own._replace(begin=begin), round, model, said)
+    return split_algorithm(on, round, model, said, check, lambda: {"edges": {}})
 
 
 def he(tensor: Tensor, seed: int, name: str) -> Tensor:

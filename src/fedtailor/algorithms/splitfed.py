@@ -13,7 +13,9 @@ from typing import Literal
 
 import torch
 
-from fedtailor.algorithms.split_training import ENDS, EVERYBODY, Rules, algorithm, split
+from fedtailor.algorithms.split_rules import ENDS, EVERYBODY, Rules, ground
+from fedtailor.algorithms.split_server import steps
+from fedtailor.algorithms.split_training import split_algorithm
 from fedtailor.core import Algorithm, ClientId, Job, State, Talk, Tree, stream
 from fedtailor.cut import cut_at
 from fedtailor.errors import ConfigError
@@ -31,16 +33,15 @@ def splitlora(job: Job, *, front: int = 1, back: int = 1) -> Algorithm:
 
 
 def _averaged(job: Job, name: str, cut: tuple[int, int], shared: bool, in_turn: bool, weighted: bool) -> Algorithm:
-    own = split(job, name, Rules(lambda site: cut, shared=shared, lockstep=shared and not in_turn, cache=0))
-    layers = own.layers
+    on = ground(job, name, Rules(lambda site: cut, shared=shared, lockstep=shared and not in_turn, cache=0))
+    layers = on.layers
     first, between, last = cut_at(layers, *cut)
 
-    def begin(params: Tree) -> State:
+    def check(params: Tree) -> None:
         if name == "splitlora" and not lora_pairs(params):
             raise ConfigError(
                 "algorithm splitlora averages LoRA factors: set technique.kind to 'lora', or take algorithm splitfed"
             )
-        return own.begin(params)
 
     def round(state: State, cohort: list[ClientId]) -> Talk:
         params: Tree = state["params"]
@@ -51,7 +52,7 @@ def _averaged(job: Job, name: str, cut: tuple[int, int], shared: bool, in_turn: 
             turns = [[cohort[i]] for i in order.tolist()]
         rested: dict[ClientId, Tree] = {}
         for some in turns:
-            state, done = yield from own.steps(state, some, dict.fromkeys(some, ends))
+            state, done = yield from steps(on, state, some, dict.fromkeys(some, ends))
             rested |= done
         if not rested:
             return state
@@ -72,4 +73,4 @@ def _averaged(job: Job, name: str, cut: tuple[int, int], shared: bool, in_turn: 
             for place, part in zip(("front", "middle", "back"), (first, between, last), strict=True)
         }
 
-    return algorithm(job, own._replace(begin=begin), round, model, said)
+    return split_algorithm(on, round, model, said, check)

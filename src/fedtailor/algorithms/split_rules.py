@@ -1,0 +1,93 @@
+"""What tells one split algorithm from another, and what its clients and its server both know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from fedtailor.algorithms.fedavg import one_size
+from fedtailor.core import ClientId, Job, Layers, Message, Part, Site, Tree
+from fedtailor.cut import cut_at
+from fedtailor.errors import ConfigError
+from fedtailor.optimizers import learning_rate, stepped
+from fedtailor.trees import select
+
+MASK = "attention_mask"
+ENDS = ("front", "back")
+EVERYBODY: ClientId = "everybody"
+"""Whose the middle is where there is one for all."""
+
+
+class Rules(NamedTuple):
+    """What tells one split algorithm from another. Rounds count from 1."""
+
+    cut: Callable[[Site], tuple[int, int]]  # layers of this client at the front and at the back; 0 at the back is the head alone
+    moves: Callable[[int, str, str], bool] = lambda round, place, name: True  # is this tensor of front, middle or back trained?
+    settle: Callable[[Tree, Mapping[ClientId, float]], Tree] = lambda middles, rates: middles  # after steps at these rates
+    shared: bool = False  # one middle for all clients
+    lockstep: bool = False  # everybody's step before anybody's next one
+    ahead: bool = False  # a client that is done goes on with its next pass; else it waits for the round to end
+    cache: float = 1e9  # bytes that the server keeps of what frozen fronts said
+    start: Callable[[Tree], Tree] = lambda tree: tree  # what everybody makes of the technique's initial tree
+
+
+class Ground(NamedTuple):
+    """Where a split algorithm stands: its rules on this job."""
+
+    job: Job
+    layers: Layers
+    rules: Rules
+
+    def cut(self, front: float, back: float) -> tuple[Part, Part, Part]:
+        """(front, middle, back).
+
+        Raises:
+            ConfigError: no such cut.
+        """
+        return cut_at(self.layers, int(front), int(back))
+
+    def moving(self, tree: Tree, place: str, number: int) -> list[str]:
+        """Names of the tensors of front, middle or back that are trained in this pass."""
+        return [name for name in tree if self.rules.moves(number, place, name)]
+
+    def rate(self, at: Mapping[str, Any]) -> float:
+        """The learning rate of a step: at has pass, step and steps."""
+        return learning_rate(self.job.plan.at(int(at["pass"])), int(at["step"]), int(at["steps"]))
+
+    def descend(self, tree: Tree, moments: Tree, place: str, slopes: Tree, at: Mapping[str, Any]) -> tuple[Tree, Tree]:
+        """(tree, optimiser state) after a step of the tensors that move in this pass."""
+        names = self.moving(tree, place, int(at["pass"]))
+        held = moments.get("m", moments.get("momentum"))
+        if held is not None and set(held) != set(names):  # others moved before
+            moments = {}
+        params, moments = stepped(self.job.plan, select(tree, names), select(slopes, names), moments, self.rate(at))
+        return {**tree, **params}, moments
+
+
+def ground(job: Job, name: str, rules: Rules) -> Ground:
+    """The rules on this job.
+
+    Raises:
+        ConfigError: its model or technique cannot be cut, clients differ in rank, or there is dropout.
+    """
+    one_size(job, name)
+    if job.layers is None:
+        raise ConfigError(
+            f"algorithm {name} cuts a model by its layers: use a model that has a list of them, and technique lora, prefix, full, ia3 or head"
+        )
+    if job.plan.dropout:
+        raise ConfigError(
+            f"algorithm {name} computes parts again where it has to, which dropout would change: set train.dropout = false"
+        )
+    return Ground(job, job.layers, rules)
+
+
+def place_of(given: Mapping[str, Any], further: int = 0) -> dict[str, float]:
+    """Where in its work a client is: what its messages are told apart by."""
+    return {"pass": float(given["pass"]), "step": float(given["step"] + further)}
+
+
+def at_of(reply: Message) -> dict[str, int]:
+    """What a client says of itself."""
+    names = ("pass", "step", "steps", "n", "front", "back", "inward", "masked", "number")
+    return {name: int(reply.info[name]) for name in names if name in reply.info}
