@@ -17,6 +17,7 @@ from fedtailor import attention
 from fedtailor.config import ModelSection
 from fedtailor.core import HIDDEN, seed_of
 from fedtailor.errors import ConfigError, DataError, first_line, nearest
+from fedtailor.hub import as_reachable
 
 
 def _minilm() -> str:
@@ -79,7 +80,7 @@ def load(
         if config.labels and config.labels < len(labels):
             raise ConfigError(f"model.labels = {config.labels}: the data has {len(labels)} classes; leave it out")
         extra = {"num_labels": config.labels or len(labels), "ignore_mismatched_sizes": True}
-    with quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(), as_reachable(source), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "head"))
         try:
             found = auto.get(kind, AutoModelForCausalLM)
@@ -120,7 +121,7 @@ def _is_causal(source: str, config: ModelSection) -> bool:
     """Whether the checkpoint is a language model; what cannot be read is reported when the model is loaded."""
     from transformers import AutoConfig
 
-    with contextlib.suppress(Exception), quiet():
+    with contextlib.suppress(Exception), quiet(), as_reachable(source):
         known = AutoConfig.from_pretrained(source, revision=config.revision or "main").architectures or []
         return any(name.endswith(CAUSAL) for name in known)
     return False

@@ -14,6 +14,7 @@ from fedtailor.core import seed_of
 from fedtailor.data.pydocs import LABELS, pydocs
 from fedtailor.data.readers import FOLDERS, LABEL_NAMES, TABLES, TESTS, Columns, Found, absent, splits_of, table, zipped
 from fedtailor.errors import ConfigError, DataError, nearest
+from fedtailor.hub import as_reachable
 
 EMBEDDED: Mapping[str, Callable[[], dict[str, list[object]]]] = {"pydocs": pydocs}
 TEXTS = ("text", "sentence", "sentence1", "content", "review", "question", "comment", "utterance", "document", "#1 String")
@@ -176,13 +177,10 @@ def _usable(part: Columns, train: Columns, config: DataSection) -> bool:
 
 def _hub(config: DataSection) -> Found:
     import datasets
-    import huggingface_hub.constants as hub
 
-    known = hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     try:
-        # Without a network the client would retry for half a minute; said to be offline it looks into its cache at once.
-        hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = known[0] or not _reachable(hub.ENDPOINT)
-        return splits_of(datasets.load_dataset(config.name, config.subset), config)
+        with as_reachable(config.name):
+            return splits_of(datasets.load_dataset(config.name, config.subset), config)
     except DataError:
         raise
     except Exception as error:  # the hub's client raises many kinds
@@ -190,21 +188,6 @@ def _hub(config: DataSection) -> Found:
         raise DataError(
             f"data '{config.name}' is no file, no embedded name ({', '.join(EMBEDDED)}) and cannot be had from the hub: {reason}"
         ) from error
-    finally:
-        hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = known
-
-
-def _reachable(address: str) -> bool:
-    import socket
-    from urllib.parse import urlsplit
-    from urllib.request import getproxies
-
-    if getproxies():  # a proxy looks names up itself
-        return True
-    try:
-        return bool(socket.getaddrinfo(urlsplit(address).hostname, 443))
-    except OSError:
-        return False
 
 
 def _kind(config: DataSection, columns: Columns) -> str:

@@ -223,6 +223,7 @@ def peft(backbone: Backbone, **config: Any) -> Technique:
         with quiet(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             # What does not fit is told in one line; of the rest nobody can act on (fan_in_fan_out, which PEFT sets right itself).
             warnings.simplefilter("ignore", UserWarning)
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks for it by its old name
             torch.manual_seed(0)
             # A copy of the modules, not of the tensors: PEFT changes the model that it is given.
             base = fork(backbone.model)
