@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from fedtailor.core import Message, Tree, stream
 from fedtailor.errors import ConfigError
 from fedtailor.filters import FILTERS, NOTHING, chain, quantize
 from fedtailor.trees import nbytes, tensors
-from fedtailor.wire import decode, encode
+from fedtailor.wire import WireError, decode, encode
 from tiny import same
 
 
@@ -248,3 +249,59 @@ def test_filters_of_a_chain_keep_their_memories_apart() -> None:
 def test_an_unknown_filter_is_a_config_error_with_the_nearest_name(name: str, hint: str) -> None:
     with pytest.raises(ConfigError, match=f"unknown filter '{name}': {hint}"):
         chain(["bf16", name])
+
+
+# The largest entries
+
+
+@pytest.mark.parametrize(("share", "size"), [(0.5, 64), (0.1, 1000), (0.001, 100_000), (1.0, 7)])
+def test_topk_sends_the_largest_and_says_where(share: float, size: int) -> None:
+    sent = {"w": noise(size), "m": noise(4, size)}
+    got, memory = received([f"topk={share}"], sent)
+    for name, t in sent.items():
+        count = max(1, math.ceil(share * t.numel()))
+        least = t.abs().flatten().topk(count).values.min()
+        assert same(got[name], torch.where(t.abs() >= least, t, 0))
+        assert same(memory["0"]["update"][name], t - got[name])
+    packed = nbytes(chain([f"topk={share}"]).apply(Message("update", {"w": sent["w"]}), {})[0].body)
+    count = max(1, math.ceil(share * size))
+    assert packed == 4 * count + min(4 * count, -(-size // 8)) + 8  # values, where they stand, the shape
+
+
+def test_what_topk_left_out_is_sent_later() -> None:
+    """Sums of what arrives follow sums of what was given, although each time a tenth is sent."""
+    memory: Tree = {}
+    given, got = torch.zeros(200), torch.zeros(200)
+    for step in range(60):
+        update = noise(200, seed=step) + 0.5
+        body, memory = received(["topk=0.1"], {"w": update}, memory)
+        given, got = given + update, got + body["w"]
+    assert float((given - got).abs().max()) < 0.5 * float(given.abs().max())
+    plain = sum(received(["topk-plain=0.1"], {"w": noise(200, seed=step) + 0.5})[0]["w"] for step in range(60))
+    assert float((given - got).norm()) < 0.5 * float((given - plain).norm())
+
+
+def test_topk_of_one_tensor_leaves_the_others() -> None:
+    sent = {"gradient": noise(40), "hidden": noise(40), "deep": {"gradient": noise(40)}}
+    got, _ = received(["topk-plain=0.25@gradient", "int8-plain"], sent)
+    assert int((got["gradient"] != 0).sum()) == int((got["deep"]["gradient"] != 0).sum()) == 10
+    assert float((got["hidden"] - sent["hidden"]).abs().max()) < 0.05
+
+
+@pytest.mark.parametrize("at", [torch.tensor([9], dtype=torch.int32), torch.tensor([1, 2], dtype=torch.int32)])
+def test_places_outside_the_tensor_are_refused(at: Tensor) -> None:
+    made = chain(["topk=0.5"])
+    with pytest.raises(WireError, match="topk: 1 values"):
+        made.undo(Message("update", {"w": torch.ones(1), "w#at": at, "w#shape": torch.tensor([4])}))
+    with pytest.raises(WireError, match="topk: 1 values"):
+        made.undo(
+            Message("update", {"w": torch.ones(1), "w#at": torch.zeros(1, dtype=torch.int32), "w#shape": torch.tensor([1 << 40])})
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "line"), [("topk=2", "at most 1"), ("topk=x", "at most 1"), ("bf16=3", "bf16 has no argument"), ("topq=1", "topk")]
+)
+def test_arguments_that_do_not_fit(name: str, line: str) -> None:
+    with pytest.raises(ConfigError, match=line):
+        chain([name])

@@ -123,7 +123,7 @@ class TrainSection(Section):
 
 
 class FiltersSection(Section):
-    up: list[str] = Field([], description="bf16, fp16, int8: what a client's reply goes through")
+    up: list[str] = Field([], description="bf16, fp16, int8, topk=0.1: what a client's reply goes through")
     down: list[str] = []
 
 

@@ -17,6 +17,7 @@ from fedtailor.config import DeviceSection, Experiment, ModelSection, TechniqueS
 from fedtailor.core import Algorithm, ClientId, Device, Job, Site, stream
 from fedtailor.engines.training import Flops, no_flops
 from fedtailor.errors import ConfigError, first_line
+from fedtailor.filters import FEEDBACK, base
 from fedtailor.losses import classification, language
 from fedtailor.metrics import Metric, metric
 from fedtailor.options import algorithm_named, checked, choose
@@ -145,10 +146,11 @@ def equip(experiment: Experiment, facts: Facts) -> Model:
             f"technique '{kind}' has nothing to train: algorithm {experiment.algorithm.kind} needs another one, "
             "or set algorithm.kind to prompt-search (template), rag (retriever) or zero-shot"
         )
-    if not algorithm.updates and "int8" in experiment.filters.up:
+    again = [name for name in experiment.filters.up if base(name) in FEEDBACK]
+    if not algorithm.updates and again:
         raise ConfigError(
-            f"filters.up: 'int8' gives what a reply lost with the next one, and replies of algorithm {experiment.algorithm.kind} "
-            "are not about the same things: use 'int8-plain'"
+            f"filters.up: '{again[0]}' gives what a reply lost with the next one, and replies of algorithm {experiment.algorithm.kind} "
+            f"are not about the same things: use '{base(again[0])}-plain'"
         )
     if kits and not algorithm.of_all_kinds:
         raise ConfigError(
