@@ -72,7 +72,8 @@ class Cache:
             if place and self._data:
                 self._data.seek(place.start)
                 blob = bytearray(self._data.read(place.size))
-                found[name] = torch.frombuffer(blob, dtype=getattr(torch, place.dtype)).reshape(place.shape)
+                flat = torch.frombuffer(blob, dtype=torch.uint8) if blob else torch.empty(0, dtype=torch.uint8)
+                found[name] = flat.view(getattr(torch, place.dtype)).reshape(place.shape)
         return found
 
     def dump(self) -> dict[str, int]:
