@@ -137,6 +137,20 @@ def test_pfsl_fits_own_backs_at_the_end(federation: Federation) -> None:
     assert all(not seen.reply.body for seen in last)
 
 
+@pytest.mark.parametrize("kind", ["pfsl", "phsfl"])
+def test_who_comes_late_to_the_personal_phase_gets_what_was_averaged(kind: str, federation: Federation) -> None:
+    """c2 takes part in the first round and then in the last personal one only: its body is that of the others, not its old one."""
+    plan = ADAM._replace(steps=2, rounds=4)
+    cohorts = {1: ["c0", "c1", "c2"], 2: ["c0", "c1"], 3: ["c0", "c1"], 4: ["c2"]}
+    done = federation(kind, options={**CUT, "personal": 2}, plan=plan, rounds=4, cohorts=cohorts)
+    common = federation(kind, options={**CUT, "personal": 2}, plan=plan, rounds=2, cohorts=cohorts)
+    assert same(done.state["params"], common.state["params"])
+    assert same(done.state["middles"]["c2"]["params"], within(done.world, common.state["params"], 1))
+    go = next(seen for seen in done.log if seen.client == "c2" and seen.round == 4)
+    wanted = within(done.world, common.state["params"], 2)
+    assert same(go.letter.body["back"], wanted if kind == "pfsl" else body(wanted))
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "plan", "line"),
     [

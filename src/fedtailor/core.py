@@ -147,6 +147,7 @@ class PartCost(NamedTuple):
     flops: float  # operations through and back
     held: float = 0.0  # bytes of `memory` that stay between steps: weights, trained tensors, their moments
     kept: float = 0.0  # bytes that wait for going back while other parts work
+    forward: float = 0.0  # operations through alone
     tied: float = 0.0  # bytes of `weights` that the front has too: who holds both has them once
 
 

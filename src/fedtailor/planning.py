@@ -294,7 +294,7 @@ def part_cost(
     weights = float(sum(p.numel() * p.element_size() for p in technique.backbone.model.parameters()))
     with one_thread():
         memory = step_memory(technique, tree, part, job, inward)
-        _, flops = costs(technique, part, job, inward)
+        there, flops = costs(technique, part, job, inward)
     # Beside the weights: the tensors as they were given, which a client keeps to begin anew.
     still = weights + nbytes(tree)
     moments = fresh(job.plan, dict(tensors(tree))) if numel(tree) else {}
@@ -303,7 +303,7 @@ def part_cost(
     def cost(rows: int, width: int) -> PartCost:
         highest, waiting = memory.at(rows, width)
         kept = 0.0 if part.last else waiting - (held - still)
-        return PartCost(still + highest, weights, numel(tree), flops(rows, width), held, kept, tied)
+        return PartCost(still + highest, weights, numel(tree), flops(rows, width), held, kept, there(rows, width), tied)
 
     return cost
 
@@ -349,11 +349,13 @@ def estimates(
     penalty: Callable[[int, int], float] = lambda front, back: 0.0,
     weight: float = 1.0,
     widest: int = 0,
+    trains: bool = True,
 ) -> list[Estimate]:
     """What the admissible cuts of this grid cost, for steps of `rows` x `width`; without `fronts`, from the least front on.
 
     Args:
         widest: tokens of the longest batch, for which there must be memory; `width` unless it is more.
+        trains: whether the front is trained. If not, its memory is an upper bound, and what a cache saves on the wire is not in it.
 
     Raises:
         ConfigError: the costs of this model's parts are not known.
@@ -371,10 +373,11 @@ def estimates(
         assert layers.cost
         cut = cut_at(layers, front, last)
         first, middle, end = (layers.cost(part, rows, width) for part in cut)
-        up, down = link_bytes(layers, rows, width, first.trained > 0, layers.read if not last else 0)
+        up, down = link_bytes(layers, rows, width, trains and first.trained > 0, layers.read if not last else 0)
         longest = max(widest, width)
-        memory = both_ends(layers.cost(cut[0], rows, longest), layers.cost(cut[2], rows, longest))
-        work = (first.flops + end.flops, middle.flops)
+        wide = layers.cost(cut[0], rows, longest)
+        memory = both_ends(wide if trains else wide._replace(kept=0.0), layers.cost(cut[2], rows, longest))
+        work = ((first.flops if trains else first.forward) + end.flops, middle.flops)
         # Two letters and two replies.
         took = (
             seconds(device, int(down), work[0], int(up)) + 2 * device.latency + (work[1] / server.flops if server.flops else 0.0)

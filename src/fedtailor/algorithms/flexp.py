@@ -74,6 +74,7 @@ def flexp(
             backs=[last],
             penalty=lambda a, b: penalty[min(a, len(penalty) - 1)] if penalty else 0.0,
             weight=weight,
+            trains=train_front,
             widest=int(max(data.lengths, default=1)),
         )
         best = chosen(found, rule)
@@ -84,7 +85,9 @@ def flexp(
             middles = {**middles, client: {**middles[client], "params": aligned(middles, client, rates[client] * alignment)}}
         return middles
 
-    moves = lambda round, place, name: train_front or place != "front"  # noqa: E731
+    def moves(number: int, place: str, name: str) -> bool:
+        return train_front or place != "front"
+
     on = ground(job, "flexp", Rules(cut, moves, settle, ahead=True, cache=1e6 * cache_mb))
     layers = on.layers
     for at in sorted(given):

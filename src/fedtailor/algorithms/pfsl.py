@@ -40,21 +40,26 @@ def pfsl(job: Job, *, front: int = 1, back: int = 1, personal: int = 0, cache_mb
     def together(number: int) -> bool:
         return not personal or number <= common
 
+    def personal_yet(state: State, client: ClientId) -> bool:
+        """Whether this client has a back of its own: it has made a pass of the personal phase."""
+        return bool(personal and state["clients"].get(client, {}).get("pass", 0) > common + 1)
+
     def round(state: State, cohort: list[ClientId]) -> Talk:
         number, params = state["round"] + 1, state["params"]
         middles = {c: {**m, "params": layers.part(params, between)} for c, m in state["middles"].items()}
-        ends = {"back": layers.part(params, last)} if number > 1 and together(number - 1) else {}
-        after, rested = yield from steps(on, {**state, "middles": middles}, cohort, dict.fromkeys(cohort, ends))
+        ends = {"back": layers.part(params, last)}
+        theirs = [c for c in cohort if number > 1 and not personal_yet(state, c)]
+        after, rested = yield from steps(on, {**state, "middles": middles}, cohort, dict.fromkeys(theirs, ends))
         if not rested or not together(number):
             return after
         told = sorted(rested)
         each = ([after["middles"][c]["params"] for c in told], [rested[c]["back"] for c in told])
-        middle, ends = (weighted_mean(trees, [1.0] * len(told)) for trees in each)
-        return {**after, "params": layers.whole([layers.part(params, first), middle, ends])}
+        middle, back_ = (weighted_mean(trees, [1.0] * len(told)) for trees in each)
+        return {**after, "params": layers.whole([layers.part(params, first), middle, back_])}
 
     def said(state: State, client: ClientId) -> Tree:
         tree = {"middle": layers.part(state["params"], between)}
-        return {**tree, "back": layers.part(state["params"], last)} if together(state["round"]) else tree
+        return tree if personal_yet(state, client) else {**tree, "back": layers.part(state["params"], last)}
 
     def model(state: State) -> Tree:
         return state["params"]  # type: ignore[no-any-return]

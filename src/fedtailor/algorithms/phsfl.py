@@ -62,12 +62,16 @@ def phsfl(
         rest = {name: t for name, t in tree.items() if not of_head(name)}
         return {place: layers.part(rest, part) for place, part in cuts.items()}
 
+    def personal_yet(state: State, client: ClientId) -> bool:
+        """Whether this client has made a pass of the personal phase: before it, it may have an older body."""
+        return bool(state["clients"].get(client, {}).get("pass", 0) > body_rounds + 1)
+
     def trains_body(number: int) -> bool:
         return not personal or number <= body_rounds
 
     def round(state: State, cohort: list[ClientId]) -> Talk:
         number = state["round"] + 1
-        bodies = {c: body(state, c) for c in cohort} if trains_body(max(1, number - 1)) else {}
+        bodies = {c: body(state, c) for c in cohort if trains_body(number) or not personal_yet(state, c)}
         middles = {c: {**m, "params": bodies[c]["middle"]} if c in bodies else m for c, m in state["middles"].items()}
         ends = {c: {end: tree[end] for end in ENDS} for c, tree in bodies.items()}
         after, rested = yield from steps(on, {**state, "middles": middles}, cohort, ends)
@@ -87,14 +91,10 @@ def phsfl(
         central = {**weighted_mean([trees[edge] for edge in sorted(trees)], held), **heads}
         return {**after, "params": central, "edges": dict.fromkeys(trees, central)}
 
-    def said(state: State, client: ClientId) -> Tree:
-        tree = body(state, client)
-        return tree if trains_body(max(1, state["round"])) else {"middle": tree["middle"]}
-
     def model(state: State) -> Tree:
         return state["params"]  # type: ignore[no-any-return]
 
-    return split_algorithm(on, round, model, said, check, lambda: {"edges": {}})
+    return split_algorithm(on, round, model, body, check, lambda: {"edges": {}})
 
 
 def he(tensor: Tensor, seed: int, name: str) -> Tensor:
