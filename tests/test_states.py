@@ -79,6 +79,19 @@ def test_only_the_last_checkpoint_stays_on_disk(tmp_path: Path) -> None:
     assert len(files(tmp_path)) == len([MANIFEST, "server", "engine", "c0", "c1"])
 
 
+def test_a_round_of_many_writes_leaves_one_file_more(tmp_path: Path) -> None:
+    """Split learning writes a client's state at every step; those of the checkpoint stay, of the others only the last."""
+    states = States(tmp_path)
+    states.write_own("a", {"x": torch.zeros(3)})
+    states.commit(1, {}, {}, {})
+    for step in range(5):
+        states.write_own("a", {"x": torch.full((3,), float(step))})
+    assert len(list(tmp_path.glob("own-a-*"))) == 2
+    again = States(tmp_path)
+    assert again.resume() is not None
+    assert torch.equal(again.read_own("a")["x"], torch.zeros(3))
+
+
 def test_own_states_after_the_last_commit_are_not_part_of_it(tmp_path: Path) -> None:
     states = committed(tmp_path)
     states.write_own("c0", tree(99.0))

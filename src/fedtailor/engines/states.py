@@ -25,6 +25,7 @@ class States:
         self.own: dict[ClientId, str] = {}
         self.digests: dict[str, str] = {}
         self._count = 0
+        self._named: set[str] = set()  # by the last checkpoint
         folder.mkdir(parents=True, exist_ok=True)
 
     def read_own(self, client: ClientId) -> Tree:
@@ -32,10 +33,13 @@ class States:
         return dict(self._read(self.own[client]).body) if client in self.own else {}
 
     def write_own(self, client: ClientId, own: Tree) -> None:
-        if not own:
+        before = self.own.get(client)
+        if own:
+            self.own[client] = self._write(f"own-{client}", own)
+        else:
             self.own.pop(client, None)
-            return
-        self.own[client] = self._write(f"own-{client}", own)
+        if before and before not in self._named:  # a client may write many times a round: only the last one will be wanted
+            (self.folder / before).unlink(missing_ok=True)
 
     def commit(self, round: int, server: Tree, engine: Tree, ledger: dict[str, Any]) -> None:
         """Make (round, server state, engine state, all own states) the checkpoint."""
@@ -55,6 +59,7 @@ class States:
             wire.atomically(self.folder / MANIFEST, lambda path: path.write_text(body, encoding="utf-8"))
         except OSError as error:
             raise RunError(f"{self.folder}: cannot write state ({error.strerror}): free space, then --resume") from error
+        self._named = named
         self._sweep(named)
 
     def resume(self) -> tuple[int, Tree, Tree, dict[str, Any]] | None:
@@ -77,7 +82,8 @@ class States:
         if not intact:
             raise RunError(f"{path}: corrupt checkpoint (its sum does not match): start afresh with another --out")
         self.own, self.digests, self._count = manifest["own"], manifest["digests"], manifest["count"]
-        self._sweep({manifest["server"], manifest["engine"], *self.own.values()})
+        self._named = {manifest["server"], manifest["engine"], *self.own.values()}
+        self._sweep(self._named)
         server, engine = self._read(manifest["server"]).body, self._read(manifest["engine"]).body
         for name in self.own.values():
             self._verify(name)
