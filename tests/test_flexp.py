@@ -19,6 +19,7 @@ from fedtailor.engines.batches import batches
 from fedtailor.engines.cache import Cache
 from fedtailor.engines.splitting import slope
 from fedtailor.errors import ConfigError, RunError
+from fedtailor.ledger import Ledger
 from fedtailor.optimizers import fresh, stepped
 from fedtailor.planning import costs
 from fedtailor.techniques import TECHNIQUES
@@ -358,3 +359,19 @@ def test_one_slow_and_one_lost_client_delay_nobody(federation: Federation) -> No
         ends.append({c: line["simulated_seconds"] for c, line in done.ledger.clients.items() if c in ("c1", "c2")})  # type: ignore[misc]
         assert counts["c1"] > 12
     assert ends[0] == ends[1] == ends[2]
+
+
+def test_bytes_a_round_are_those_of_all_its_letters() -> None:
+    """Of a client and a round in which it was heard: a round of split steps has many letters, and a lost one counts for what was sent."""
+    ledger = Ledger()
+    for letters, heard in ((4, 4), (2, 1), (1, 0)):
+        for i in range(letters):
+            ledger.add("c0", letters=1, bytes_down=10)
+            if i < heard:
+                ledger.add("c0", replies=1, bytes_up=100)
+        ledger.close_round()
+    assert ledger.per_client_round("bytes_up", "replies") == 500 / 2
+    assert ledger.per_client_round("bytes_down", "letters") == 70 / 3
+    again = Ledger()
+    again.load(ledger.dump())
+    assert again.per_client_round("bytes_up", "replies") == 250

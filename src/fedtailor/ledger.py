@@ -20,6 +20,7 @@ class Ledger:
     def __init__(self) -> None:
         self.clients: dict[ClientId, dict[str, float]] = {}
         self.round: dict[ClientId, dict[str, float]] = {}
+        self.pairs = {"letters": 0, "replies": 0}  # of a client and a round with at least one of them
 
     def add(self, client: ClientId, **amounts: float) -> None:
         for table in (self.clients, self.round):
@@ -34,21 +35,22 @@ class Ledger:
     def close_round(self) -> dict[ClientId, dict[str, float]]:
         """The finished round's lines; the next round starts with none."""
         done, self.round = self.round, {}
+        for by in self.pairs:
+            self.pairs[by] += sum(line.get(by, 0.0) > 0 for line in done.values())
         return done
 
     def total(self, name: str) -> float:
         return sum(line.get(name, 0.0) for line in self.clients.values())
 
-    def per_letter(self, name: str, by: str) -> float:
-        """Mean of a column over the letters sent or the replies received."""
-        count = self.total(by)
-        return self.total(name) / count if count else 0.0
+    def per_client_round(self, name: str, by: str) -> float:
+        """Mean of a column over the rounds of each client in which letters were sent, or replies received: a round may have many."""
+        return self.total(name) / self.pairs[by] if self.pairs[by] else 0.0
 
     def dump(self) -> dict[str, Any]:
-        return {"clients": self.clients}
+        return {"clients": self.clients, "pairs": self.pairs}
 
     def load(self, dumped: dict[str, Any]) -> None:
-        self.clients = dumped["clients"]
+        self.clients, self.pairs = dumped["clients"], dumped["pairs"]
 
 
 def count_flops(
