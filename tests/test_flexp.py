@@ -177,9 +177,13 @@ def test_a_layer_is_averaged_over_who_has_it() -> None:
     middles = {"c0": {"params": one, "n": 1.0}, "c1": {"params": two, "n": 3.0}}
     mean = mean_of(middles)
     assert (float(mean["a"]), float(mean["b"])) == (2.0, 3.5)
-    pulled = aligned(middles, "c0", 1.0)
-    assert (float(pulled["a"]), float(pulled["b"])) == (2.0, (8 + 3.5) / 2)
-    assert aligned(middles, "c0", 0.0) is one
+    pulled = aligned(middles, {"c0": 1.0})
+    assert {name: float(t) for name, t in pulled["c0"]["params"].items()} == {"a": 2.0, "b": (8 + 3.5) / 2}
+    assert pulled["c1"] is middles["c1"]
+    # One after the other: the second is pulled towards a mean that the first has moved.
+    both = aligned(middles, {"c0": 1.0, "c1": 1.0})
+    assert float(both["c1"]["params"]["b"]) == pytest.approx((2 + (5.75 + 3 * 2) / 4) / 2)
+    assert same(aligned(middles, {"c0": 0.0, "c1": 0.0}), middles)
 
 
 def test_cuts_may_differ(world: Maker, federation: Federation) -> None:

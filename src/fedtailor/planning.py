@@ -398,6 +398,51 @@ def link_bytes(layers: Layers, rows: int, width: int, inward: bool, read: int = 
     return tensor + ends + mask, inward * tensor + ends
 
 
+class Choice(NamedTuple):
+    """How clients of split learning choose their cuts: flexp's options of these names."""
+
+    front: int | list[int] | str = "optimal"
+    back: int | list[int] = 1
+    train_front: bool = True
+    penalty: Sequence[float] = ()
+    weight: float = 1.0
+    least_front: int = 1
+
+    @property
+    def rule(self) -> str:
+        return self.front if isinstance(self.front, str) else "optimal"
+
+    def fronts(self, number: int, depth: int) -> Sequence[int]:
+        """Among which the client of this number chooses."""
+        if isinstance(self.front, str):
+            return range(self.least_front, depth)
+        return [self.front if isinstance(self.front, int) else self.front[number % len(self.front)]]
+
+    def lost(self, front: int, back: int) -> float:
+        """What a pilot has measured that a front of so many layers costs; the last one holds for longer fronts."""
+        return self.penalty[min(front, len(self.penalty) - 1)] if self.penalty else 0.0
+
+    def estimates(
+        self, layers: Layers, job: Job, device: Device, number: int, rows: int, width: int, widest: int, all_fronts: bool = False
+    ) -> list[Estimate]:
+        """The cuts that a client may choose among (or all, for a look); all clients share the server."""
+        back = self.back if isinstance(self.back, int) else self.back[number % len(self.back)]
+        share = job.server._replace(flops=job.server.flops / job.clients)
+        return estimates(
+            layers,
+            device,
+            share,
+            rows,
+            width,
+            fronts=None if all_fronts else self.fronts(number, layers.depth),
+            backs=[back],
+            penalty=self.lost,
+            weight=self.weight,
+            widest=widest,
+            trains=self.train_front,
+        )
+
+
 def chosen(found: Sequence[Estimate], rule: str = "optimal") -> Estimate:
     """The cut for this device. "optimal": the least objective among those that fit, of equals the one with fewer layers at the client;
     "memory": the largest front that fits.
@@ -485,35 +530,37 @@ def plan(experiment: Experiment) -> dict[str, Any]:
         "model": experiment.model.name,
         "technique": experiment.technique.kind,
         **now._asdict(),
-        "devices": [profile(world, now, device, whole) for device in devices],
+        "devices": [profile(world, now, device, number, whole) for number, device in enumerate(devices)],
         "techniques": compared(world, now),
     }
 
 
-def profile(world: World, now: Pace, device: Device, whole: Callable[[int, int], PartCost]) -> dict[str, Any]:
+def profile(world: World, now: Pace, device: Device, number: int, whole: Callable[[int, int], PartCost]) -> dict[str, Any]:
     """The uncut model and every cut on one device, and which cut it would choose."""
     whole_line = uncut_line(world, now, device, whole)
-    layers = world.job.layers
+    layers, own = world.job.layers, world.experiment.algorithm
     found: dict[str, Any] = {"device": device.name, "memory_bytes": device.memory, "uncut": whole_line, "cuts": []}
     if layers is None or layers.cost is None:
         return {**found, "chosen": None, "why": f"technique {world.technique.kind} is not cut by layers: the model is used uncut"}
-    cuts = estimates(layers, device, world.job.server, now.rows, now.width, widest=now.widest)
+    options = own.options if own.kind == "flexp" else {}
+    choice = Choice(**{name: options[name] for name in Choice._fields if name in options})
+    sizes = (now.rows, now.width, now.widest)
+    cuts = choice.estimates(layers, world.job, device, number, *sizes, all_fronts=True)
     found["cuts"] = [cut_line(layers, now, cut) for cut in cuts]
-    # As flexp chooses: a front of 0 sends embeddings, from which words can be read off, and is taken only where a user says so.
-    own = world.experiment.algorithm
-    least = int(own.options.get("least_front", 1)) if own.kind == "flexp" else 1
-    open_to = [cut for cut in cuts if cut.front >= least]
     try:
-        best, largest = chosen(open_to), chosen(open_to, "memory")
+        open_to = choice.estimates(layers, world.job, device, number, *sizes)
+        best = chosen(open_to, choice.rule)
     except ConfigError as error:
         return {**found, "chosen": None, "why": str(error)}
-    fitting = sum(cut.fits for cut in open_to)
-    why = (
-        f"front {best.front}, back {best.back}: {best.seconds:.3g} s a step is the least among the cuts that fit and have {least} or more layers at "
-        f"the front ({fitting} of {len(cuts)}), of equals the one with the fewest layers at the client; by memory alone it would be front "
-        f"{largest.front}; the uncut model {'fits' if whole_line['fits'] else 'does not fit'}"
-    )
-    return {**found, "chosen": {"front": best.front, "back": best.back}, "why": why}
+    fits = "fits" if whole_line["fits"] else "does not fit"
+    why = f"front {best.front}, back {best.back}: {best.seconds:.3g} s a step"
+    if len(open_to) > 1:
+        fitting, also = sum(cut.fits for cut in open_to), " + weight x penalty" if choice.penalty else ""
+        rule = f"the least seconds{also}" if choice.rule == "optimal" else "the largest front"
+        largest = chosen(open_to, "memory").front
+        why += f", {rule} among the {fitting} cuts (of {len(cuts)}) that fit and have {choice.least_front} or more layers at the front"
+        why += f"; by memory alone it would be front {largest}"
+    return {**found, "chosen": {"front": best.front, "back": best.back}, "why": f"{why}; the uncut model {fits}"}
 
 
 def uncut_line(world: World, now: Pace, device: Device, whole: Callable[[int, int], PartCost]) -> dict[str, Any]:

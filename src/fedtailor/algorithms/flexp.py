@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fedtailor.algorithms.split_client import order_of
 from fedtailor.algorithms.split_rules import Rules, ground
@@ -25,7 +27,7 @@ from fedtailor.algorithms.split_training import own_middle, split_algorithm
 from fedtailor.core import Algorithm, ClientId, Job, Site, State, Talk, Tree
 from fedtailor.cut import cut_at
 from fedtailor.errors import ConfigError
-from fedtailor.planning import chosen, estimates
+from fedtailor.planning import Choice, chosen
 
 
 def flexp(
@@ -46,7 +48,6 @@ def flexp(
     the largest front that fits. Penalties of fronts 0, 1, ... are what a pilot has measured; the last one holds for longer fronts. Both
     rules give `least_front` layers or more: a front of 0 sends embeddings, from which words can be read off.
     """
-    rule = front if isinstance(front, str) else "optimal"
     fronts = [] if isinstance(front, str) else [front] if isinstance(front, int) else list(front)
     backs = [back] if isinstance(back, int) else list(back)
     if min(alignment, cache_mb, weight) < 0:
@@ -56,34 +57,20 @@ def flexp(
     if not backs or not (fronts or isinstance(front, str)):
         raise ConfigError("algorithm.front and algorithm.back are numbers of layers, or lists of them")
     given = {(a, b) for a in fronts for b in backs}
+    choice = Choice(front, back, train_front, penalty, weight, least_front)
 
     def cut(site: Site) -> tuple[int, int]:
         """The cut of this client; one that its device has no memory for is refused."""
-        last = backs[site.number % len(backs)]
         if fronts and not site.device.memory:
-            return fronts[site.number % len(fronts)], last
+            return fronts[site.number % len(fronts)], backs[site.number % len(backs)]
         data = site.data["train"]
         widths = [int(data.lengths[rows].max()) for rows in order_of(job, site, 1)] or [1]
-        found = estimates(
-            layers,
-            site.device,
-            job.server,
-            job.plan.batch,
-            int(np.median(widths)),
-            fronts=[fronts[site.number % len(fronts)]] if fronts else range(least_front, layers.depth),
-            backs=[last],
-            penalty=lambda a, b: penalty[min(a, len(penalty) - 1)] if penalty else 0.0,
-            weight=weight,
-            trains=train_front,
-            widest=int(max(data.lengths, default=1)),
-        )
-        best = chosen(found, rule)
+        sizes = (job.plan.batch, int(np.median(widths)), int(max(data.lengths, default=1)))
+        best = chosen(choice.estimates(layers, job, site.device, site.number, *sizes), choice.rule)
         return best.front, best.back
 
     def settle(middles: Tree, rates: Mapping[ClientId, float]) -> Tree:
-        for client in sorted(rates):
-            middles = {**middles, client: {**middles[client], "params": aligned(middles, client, rates[client] * alignment)}}
-        return middles
+        return aligned(middles, {client: rate * alignment for client, rate in rates.items()}) if alignment else middles
 
     def moves(number: int, place: str, name: str) -> bool:
         return train_front or place != "front"
@@ -123,19 +110,29 @@ def flexp(
 
 def mean_of(middles: Tree) -> Tree:
     """The mean of each tensor over the clients whose middle has it, by their numbers of examples."""
-    sums: Tree = {}
+    return {name: (total / count).float() for name, (total, count) in sums_of(middles).items()}
+
+
+def sums_of(middles: Tree) -> dict[str, tuple[Tensor, float]]:
+    """(weighted sum, sum of weights) of each tensor over the clients whose middle has it."""
+    sums: dict[str, tuple[Tensor, float]] = {}
     for client in sorted(middles):
         weight = float(middles[client]["n"])
         for name, tensor in middles[client]["params"].items():
-            total, count = sums.get(name, (0.0, 0.0))
-            sums[name] = (total + weight * tensor.double(), count + weight)
-    return {name: (total / count).float() for name, (total, count) in sums.items()}
+            total, count = sums.get(name, (torch.zeros_like(tensor, dtype=torch.float64), 0.0))
+            sums[name] = (total + weight * tensor, count + weight)
+    return sums
 
 
-def aligned(middles: Tree, client: ClientId, pull: float) -> Tree:
-    """This client's middle, pulled towards the mean of all: by nothing where `pull` is 0, all the way where it is infinite."""
-    own: Tree = middles[client]["params"]
-    if not pull:
-        return own
-    mean = mean_of(middles)
-    return {name: (tensor + pull * mean[name]) / (1 + pull) for name, tensor in own.items()}
+def aligned(middles: Tree, pulls: Mapping[ClientId, float]) -> Tree:
+    """Middles of which these are pulled towards the mean of all, one after the other: by nothing where the pull is 0, all the way where it
+    is infinite."""
+    sums, after = sums_of(middles), dict(middles)
+    for client, pull in sorted(pulls.items()):
+        held, moved = middles[client], {}
+        for name, own in held["params"].items():
+            total, count = sums[name]
+            moved[name] = ((own + pull * (total / count)) / (1 + pull)).to(own.dtype)
+            sums[name] = (total + float(held["n"]) * (moved[name].double() - own), count)
+        after[client] = {**held, "params": moved}
+    return after

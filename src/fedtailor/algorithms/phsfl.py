@@ -3,10 +3,11 @@ The idea is the authors' (a frozen random head while the body is trained, person
 one); the order of updates is **our reading**, and labels stay at home, where the paper sends them to the edge server.
 
     a round        every client of an edge server trains its body (all but the head) in split steps; the edge averages its clients by examples
-    every `edge_rounds` rounds   the central server averages the edges by their examples
+    every `edge_rounds` rounds   the central server averages the edges that were heard since, by the examples of who took part
     last `personal` rounds       the body stands still; each client fits its own head: features go forward, no gradient comes back
-With edge_rounds = 1 two tiers are one, by weights that multiply (tested); `edges` = 1 is one tier. Everybody draws the head from the seed that
-all share, with He's scale: it never travels. The freezing is FedBABU's (arXiv 2106.06042).
+A client whose edge is not known yet begins with the central body. With edge_rounds = 1 two tiers are one, by weights that multiply
+(tested); `edges` = 1 is one tier. Everybody draws the head from the seed that all share, with He's scale: it never travels. The freezing is
+FedBABU's (arXiv 2106.06042).
 """
 
 from __future__ import annotations
@@ -78,23 +79,22 @@ def phsfl(
         if not rested or not trains_body(number):
             return after
         clients, heads = after["clients"], {n: t for n, t in state["params"].items() if of_head(n)}
-        trees: Tree = dict(state["edges"])
+        trees, heard = dict(state["edges"]), dict(state["heard"])
         for edge in sorted({clients[c]["number"] % edges for c in rested}):
             told = [c for c in sorted(rested) if clients[c]["number"] % edges == edge]
             done = [layers.whole([rested[c]["front"], after["middles"][c]["params"], rested[c]["back"]]) for c in told]
-            trees[str(edge)] = {**weighted_mean(done, [float(clients[c]["n"]) for c in told]), **heads}
+            counts = [float(clients[c]["n"]) for c in told]
+            trees[str(edge)] = {**weighted_mean(done, counts), **heads}
+            heard[str(edge)] = heard.get(str(edge), 0.0) + sum(counts)
         if number % edge_rounds and number != body_rounds:
-            return {**after, "edges": trees}
-        held = [
-            sum(float(line["n"]) for line in clients.values() if str(line["number"] % edges) == edge) for edge in sorted(trees)
-        ]
-        central = {**weighted_mean([trees[edge] for edge in sorted(trees)], held), **heads}
-        return {**after, "params": central, "edges": dict.fromkeys(trees, central)}
+            return {**after, "edges": trees, "heard": heard}
+        central = {**weighted_mean([trees[edge] for edge in sorted(heard)], [heard[edge] for edge in sorted(heard)]), **heads}
+        return {**after, "params": central, "edges": dict.fromkeys(trees, central), "heard": {}}
 
     def model(state: State) -> Tree:
         return state["params"]  # type: ignore[no-any-return]
 
-    return split_algorithm(on, round, model, body, check, lambda: {"edges": {}})
+    return split_algorithm(on, round, model, body, check, lambda: {"edges": {}, "heard": {}})
 
 
 def he(tensor: Tensor, seed: int, name: str) -> Tensor:

@@ -54,6 +54,7 @@ def handlers(on: Ground) -> dict[str, Handler]:
             hidden = yield through_front(mine, batch, name_of(site, number, step), inward)
             mask = {MASK: batch[MASK].to(torch.uint8)} if MASK in batch else {}
             return mine, Message("sent", {HIDDEN: hidden, **mask}, info)
+        info |= {"again": 1.0} if "again" in msg.info else {}
         new = rows if "again" in msg.info else rows[~mine["kept"][torch.from_numpy(rows.copy())].numpy()]
         asks: list[Step] = [through_front(mine, batch_of(site, row[None]), name_of(site, number, step), False) for row in new]
         said = yield asks
@@ -103,7 +104,7 @@ def begun(on: Ground, own: Tree | None, site: Site, at: tuple[int, int] | None =
 
 def personal(on: Ground, own: Tree | None, broadcast: Tree, site: Site) -> Tree:
     """A client's whole tree: its ends, unless others were sent, around the middle that was sent."""
-    mine = begun(on, own, site, (on.layers.least, 1))  # of a client that has no cut yet, any gives the same whole
+    mine = begun(on, own, site, (on.layers.least, 0))  # of a client that has no cut yet, any gives the same whole
     _, between, _ = on.cut(*mine["cut"])
     front, back = ({**mine[end], **broadcast.get(end, {})} for end in ENDS)
     return on.layers.whole([front, broadcast.get("middle") or on.layers.part(on.rules.start(site.init), between), back])
@@ -120,7 +121,9 @@ def batch_of(site: Site, rows: np.ndarray) -> dict[str, Any]:
 
 
 def name_of(site: Site, number: int, step: int) -> str:
-    return f"{site.id}/{number}/{step}/front"
+    """Of a way through the front. What is under way when a round ends has another name in the next: it is gone again, alone, in a run that
+    was killed between them and in one that was not."""
+    return f"{site.id}/{site.round}/{number}/{step}/front"
 
 
 def info_of(site: Site, pass_: int, step: int, steps: int, cut: list[int], **more: float) -> dict[str, float]:

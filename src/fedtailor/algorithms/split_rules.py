@@ -79,6 +79,8 @@ def ground(job: Job, name: str, rules: Rules) -> Ground:
         raise ConfigError(
             f"algorithm {name} computes parts again where it has to, which dropout would change: set train.dropout = false"
         )
+    if job.plan.clip:
+        raise ConfigError(f"algorithm {name}: no side knows the whole gradient that train.clip is about: leave it out")
     return Ground(job, job.layers, rules)
 
 

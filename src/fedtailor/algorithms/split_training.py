@@ -37,15 +37,8 @@ def split_algorithm(
 
     def init(params: Tree) -> State:
         check(params)
-        begun = {
-            "params": on.rules.start(params),
-            "round": 0,
-            "middles": {},
-            "clients": {},
-            "under_way": {},
-            "busy": [],
-            "post": {},
-        }
+        trees: Tree = {name: {} for name in ("middles", "clients", "under_way", "drawn", "post")}
+        begun = {"params": on.rules.start(params), "round": 0, "busy": [], **trees}
         return {**begun, **more()}
 
     def counted(state: State, cohort: list[ClientId]) -> Talk:

@@ -45,6 +45,10 @@ def _averaged(job: Job, name: str, cut: tuple[int, int], shared: bool, in_turn: 
 
     def round(state: State, cohort: list[ClientId]) -> Talk:
         params: Tree = state["params"]
+        state = {
+            **state,
+            "middles": {owner: {**m, "params": layers.part(params, between)} for owner, m in state["middles"].items()},
+        }
         ends = {"front": layers.part(params, first), "back": layers.part(params, last)}
         turns = [cohort]
         if in_turn:

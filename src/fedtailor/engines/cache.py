@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import threading
 import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ class Cache:
     """First come, first kept: rows are asked for in turn, and what is turned out for a newcomer would be asked for next."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()  # there is one place in a file to read from, and steps are answered by several threads
         self._places: dict[str, Place] = {}
         self._size = 0
         self._folder: Path | None = None  # a temporary one until it is said where
@@ -46,6 +48,10 @@ class Cache:
         Raises:
             RunError: the disk is full.
         """
+        with self._lock:
+            return self._keep(items, room)
+
+    def _keep(self, items: Mapping[str, Tensor], room: float) -> bool:
         new = {name: t.detach().cpu().contiguous() for name, t in items.items() if name not in self._places}
         if self._size + sum(t.numel() * t.element_size() for t in new.values()) > room:
             return False
@@ -70,8 +76,9 @@ class Cache:
         for name in names:
             place = self._places.get(name)
             if place and self._data:
-                self._data.seek(place.start)
-                blob = bytearray(self._data.read(place.size))
+                with self._lock:
+                    self._data.seek(place.start)
+                    blob = bytearray(self._data.read(place.size))
                 flat = torch.frombuffer(blob, dtype=torch.uint8) if blob else torch.empty(0, dtype=torch.uint8)
                 found[name] = flat.view(getattr(torch, place.dtype)).reshape(place.shape)
         return found

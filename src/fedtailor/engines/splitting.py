@@ -162,7 +162,8 @@ class Steps:
 
     def _back(self, group: list[Back]) -> list[Slopes]:
         """Those that went through together and come back together do so in one call; for any other the way is gone again alone."""
-        held = [self._kept.pop(ask.of.name, None) for ask in group]
+        with self._lock:
+            held = [self._kept.pop(ask.of.name, None) for ask in group]
         whole = held[0] is not None and all(h is not None and h[0] is held[0][0] for h in held)
         if whole and held[0] and len(group) == (1 if held[0][1] is None else len(held[0][0].outputs)):
             places = [0 if h is None or h[1] is None else h[1] for h in held]
