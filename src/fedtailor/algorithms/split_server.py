@@ -80,7 +80,7 @@ def steps(on: Ground, state: State, cohort: list[ClientId], ends: Mapping[Client
     aim = len(cohort) if rules.ahead and desk.number < on.job.plan.rounds else 0
     while (desk.letters or not rules.lockstep) and not (aim and desk.passes >= aim):
         asked, desk.busy = desk.letters, desk.busy | desk.letters.keys()
-        note, desk.notes = "; ".join(desk.notes), []
+        note, desk.notes = told(desk.notes), []
         came: dict[ClientId, Message] = yield Letters(asked, "all" if rules.lockstep else "any", note)
         if rules.lockstep:  # who is not among them is not heard any more
             came = {**{c: Message(LOST) for c in asked}, **came}
@@ -93,10 +93,14 @@ def steps(on: Ground, state: State, cohort: list[ClientId], ends: Mapping[Client
         done = (yield {SERVER: Message("middle", work)}) if desk.sent or desk.turned else {}
         answered(on, desk, done[SERVER].body if SERVER in done else {})
     if desk.notes:  # nobody is written to any more: for the user alone
-        yield Letters({}, "all", "; ".join(desk.notes))
+        yield Letters({}, "all", told(desk.notes))
     post = {c: {"verb": m.verb, "body": m.body, "info": dict(m.info)} for c, m in desk.letters.items()}
     after = {"middles": desk.middles, "clients": desk.clients, "under_way": desk.under_way, "drawn": desk.drawn}
     return {**state, **after, "busy": sorted(desk.busy), "post": post}, desk.rested
+
+
+def told(notes: list[str], most: int = 5) -> str:
+    return "; ".join([*notes[:most], *([f"and {len(notes) - most} more"] if len(notes) > most else [])])
 
 
 def opened(on: Ground, state: State, cohort: list[ClientId], ends: Mapping[ClientId, Tree]) -> Desk:
@@ -162,7 +166,7 @@ def heard(on: Ground, desk: Desk, state: State, came: Mapping[ClientId, Message]
             else:
                 desk.letters[client] = Message("go", {}, place_of(given, 1))
     if sum("unfit" in known for known in desk.clients.values()) == on.job.clients:
-        raise RunError(f"no client can take part: {'; '.join(desk.notes)}")
+        raise RunError(f"no client can take part: {desk.notes[0]}")
 
 
 def tell_again(desk: Desk, client: ClientId, letter: Message | None) -> None:
