@@ -55,6 +55,7 @@ class Desk:
     busy: set[ClientId]
     last: dict[ClientId, int] = field(default_factory=dict)  # the pass that a client may not go beyond
     letters: dict[ClientId, Message] = field(default_factory=dict)
+    out: dict[ClientId, Message] = field(default_factory=dict)  # the last letter to each client in this round
     sent: Tree = field(default_factory=dict)  # this time
     turned: Tree = field(default_factory=dict)  # this time
     rested: dict[ClientId, Tree] = field(default_factory=dict)
@@ -79,7 +80,7 @@ def steps(on: Ground, state: State, cohort: list[ClientId], ends: Mapping[Client
     # Where nobody waits a round ends after so many passes, whose ever they are; the last round ends when all have ended.
     aim = len(cohort) if rules.ahead and desk.number < on.job.plan.rounds else 0
     while (desk.letters or not rules.lockstep) and not (aim and desk.passes >= aim):
-        asked, desk.busy = desk.letters, desk.busy | desk.letters.keys()
+        asked, desk.out, desk.busy = desk.letters, {**desk.out, **desk.letters}, desk.busy | desk.letters.keys()
         note, desk.notes = told(desk.notes), []
         came: dict[ClientId, Message] = yield Letters(asked, "all" if rules.lockstep else "any", note)
         if rules.lockstep:  # who is not among them is not heard any more
@@ -127,11 +128,11 @@ def opened(on: Ground, state: State, cohort: list[ClientId], ends: Mapping[Clien
 
 def heard(on: Ground, desk: Desk, state: State, came: Mapping[ClientId, Message]) -> None:
     """Sort what came."""
-    asked, desk.letters, desk.sent, desk.turned = desk.letters, {}, {}, {}
+    desk.letters, desk.sent, desk.turned = {}, {}, {}
     for client, reply in sorted(came.items()):
         known, given = desk.clients.get(client, {}), desk.under_way.get(client)
         if reply.verb == LOST:
-            tell_again(desk, client, asked.get(client))
+            tell_again(desk, client, desk.out.get(client))
             continue
         desk.lost.pop(client, None)
         reply = reply._replace(body=tree_map(lambda t: t, reply.body))  # from the disk, if it waits there
