@@ -35,7 +35,7 @@ from fedtailor.cut import partial_class, parts
 from fedtailor.engines.splitting import back, slope, through
 from fedtailor.losses import classification, language
 from fedtailor.optimizers import stepped
-from fedtailor.planning import both_ends, costed
+from fedtailor.part_costs import both_ends, costed
 from fedtailor.techniques import TECHNIQUES
 from fedtailor.techniques.parts import layers, on_part
 

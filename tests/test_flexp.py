@@ -21,7 +21,7 @@ from fedtailor.engines.splitting import slope
 from fedtailor.errors import ConfigError, RunError
 from fedtailor.ledger import Ledger
 from fedtailor.optimizers import fresh, stepped
-from fedtailor.planning import costs
+from fedtailor.part_costs import costs
 from fedtailor.techniques import TECHNIQUES
 from fedtailor.techniques.parts import layers, on_part
 from tiny import distance, same

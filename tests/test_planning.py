@@ -20,19 +20,8 @@ from fedtailor.cut import parts
 from fedtailor.engines.splitting import through
 from fedtailor.errors import ConfigError
 from fedtailor.losses import classification, language
-from fedtailor.planning import (
-    RULES,
-    _batch,
-    both_ends,
-    chosen,
-    costed,
-    costs,
-    estimates,
-    letter_bytes,
-    step_line,
-    step_memory,
-    uncut_cost,
-)
+from fedtailor.part_costs import _batch, both_ends, costed, costs, step_line, step_memory, uncut_cost
+from fedtailor.planning import RULES, chosen, estimates, letter_bytes
 from fedtailor.techniques import TECHNIQUES
 from fedtailor.techniques.parts import layers, on_part
 from fedtailor.trees import numel, tensors

@@ -21,7 +21,7 @@ from fedtailor.filters import FEEDBACK, base
 from fedtailor.losses import classification, language
 from fedtailor.metrics import Metric, metric
 from fedtailor.options import algorithm_named, checked, choose
-from fedtailor.planning import costed
+from fedtailor.part_costs import costed
 from fedtailor.techniques import TECHNIQUES, Technique
 from fedtailor.techniques.parts import layers
 from fedtailor.techniques.peft import positions_taken

@@ -20,7 +20,7 @@ from fedtailor.filters import chain
 from fedtailor.folder import checkpoint, defined, writing
 from fedtailor.ledger import Ledger
 from fedtailor.metrics import mean_loss, total
-from fedtailor.planning import costs
+from fedtailor.part_costs import costs
 from fedtailor.simulation import World, build
 from fedtailor.techniques import TECHNIQUES, Technique
 from fedtailor.techniques.parts import on_part
