@@ -7,36 +7,28 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from fedtailor import wire
 from fedtailor.core import (
     LOST,
     SERVER,
     Algorithm,
-    Ask,
     ClientId,
     Device,
-    Fit,
-    Fitted,
     Letters,
     Message,
-    Predict,
-    Site,
-    Step,
     Talk,
     Tree,
     seed_of,
-    stream,
 )
-from fedtailor.engines.answering import Answers, Crew, Workers, answer, drive, looked
+from fedtailor.engines.answering import Crew, Workers
 from fedtailor.engines.cache import Cache
+from fedtailor.engines.clients import Clients, Done, Place, Sites
 from fedtailor.engines.clock import is_lost, seconds
 from fedtailor.engines.states import States
 from fedtailor.errors import RunError
 from fedtailor.filters import NOTHING, Filter
 from fedtailor.ledger import Ledger
-from fedtailor.trees import is_finite, nbytes
+from fedtailor.trees import nbytes
 
 SPOOL = 1 << 20
 """Bytes from which a reply waits on disk instead of in memory."""
@@ -63,7 +55,7 @@ class Local:
     def __init__(
         self,
         algorithm: Algorithm,
-        sites: Callable[[ClientId, int], Site],
+        sites: Sites,
         workers: Workers | Crew,
         states: States,
         ledger: Ledger,
@@ -76,10 +68,11 @@ class Local:
         progress: Callable[[ClientId], None] = lambda client: None,
         server: Device = Device(),
     ) -> None:
-        self.algorithm, self.sites, self.workers, self.states, self.ledger = algorithm, sites, workers, states, ledger
-        self.up, self.down, self.seed, self.stacked, self.deadline = up, down, seed, stacked, deadline
+        self.algorithm, self.sites, self.workers, self.ledger = algorithm, sites, workers, ledger
+        self.up, self.down, self.seed, self.deadline = up, down, seed, deadline
         self.server = server
         self.notice, self.progress = notice, progress
+        self._clients = Clients(algorithm, workers, states, up, seed, stacked, notice, progress)
         steps = workers.of(SERVER).steps
         self._cache = steps.cache if steps else Cache()
         self._cache.lie(states.folder)
@@ -88,7 +81,7 @@ class Local:
         self._steps = 0  # yields since the round began: part of what names a letter
         self._spool = tempfile.TemporaryDirectory(prefix="fedtailor-")
 
-    def converse(self, talk: Talk, round: int, sites: Callable[[ClientId, int], Site] | None = None) -> Any:
+    def converse(self, talk: Talk, round: int, sites: Sites | None = None) -> Any:
         """Drive a conversation to its end and return its value.
 
         With `sites` it is an evaluation among those sites: nothing is filtered, charged to the ledger, lost or late.
@@ -142,9 +135,7 @@ class Local:
             del self.under_way[client]
         return {client: reply.message for client, reply in taken.items()}
 
-    def _work(
-        self, letters: Mapping[ClientId, Message], round: int, sites: Callable[[ClientId, int], Site], free: bool
-    ) -> Iterator[Reply]:
+    def _work(self, letters: Mapping[ClientId, Message], round: int, sites: Sites, free: bool) -> Iterator[Reply]:
         """Deliver letters, let the clients work in waves, and give their replies; `free`: nothing is charged or lost."""
         opened: dict[Any, tuple[int, Message]] = {}
         wave: list[ClientId] = []
@@ -186,110 +177,31 @@ class Local:
         letters: Mapping[ClientId, Message],
         opened: Mapping[Any, tuple[int, Message]],
         round: int,
-        sites: Callable[[ClientId, int], Site],
+        sites: Sites,
         free: bool,
     ) -> Iterator[Reply]:
-        flows, stored, arrived = {}, {}, {}
-        for client in clients:
-            message = letters[client]
-            arrived[client] = opened[_name(client, message)]
-            stored[client] = self.states.read_own(client)
-            own = stored[client].get("algorithm")
-            flows[client] = self.algorithm.client[message.verb](own, arrived[client][1], sites(client, round))
-        spent, passed = dict.fromkeys(clients, 0.0), dict.fromkeys(clients, 0.0)
-        asked = dict.fromkeys(clients, 0)
+        arrived = {client: opened[_name(client, letters[client])] for client in clients}
+        messages = {client: message for client, (_, message) in arrived.items()}
+        for done in self._clients.work(messages, Place(round, self._steps), sites, free):
+            if done.reply is None:
+                self.notice(f"round {round}: {done.client} set aside: {done.why}")
+            elif free:
+                yield Reply(self.clock, done.client, done.reply)
+            else:
+                yield self._reply(done.client, done.reply, arrived[done.client][0], done, sites(done.client, round).device)
 
-        def answered(asks: dict[ClientId, Ask | list[Step]]) -> dict[ClientId, Any]:
-            for client in asks:
-                asked[client] += 1
-
-            def random(client: ClientId) -> torch.Generator:
-                return stream(self.seed, "fit", client, round, self._steps, asked[client])
-
-            results = self._answered(asks, random, round)
-            for client, result in results.items():
-                if isinstance(result, Fitted):
-                    spent[client] += result.seen["flops"]
-                    passed[client] += result.seen["examples"]
-            if not free:
-                for client, ask in asks.items():
-                    if isinstance(ask, Predict):
-                        spent[client] += looked(ask, self.workers.of(client).looks)
-                    elif not isinstance(ask, Fit):
-                        for flops, rows in map(self.workers.of(client).work, ask if isinstance(ask, list) else [ask]):
-                            spent[client] += flops
-                            passed[client] += rows
-            return results
-
-        for client, (own, reply) in sorted(drive(flows, answered).items()):
-            if free:
-                yield Reply(self.clock, client, reply)
-                continue
-            yield from self._reply(
-                client, own, reply, stored[client], arrived[client][0], (spent[client], passed[client]), sites(client, round)
-            )
-
-    def _answered(
-        self, asks: dict[ClientId, Ask | list[Step]], random: Callable[[ClientId], torch.Generator], round: int
-    ) -> Answers:
-        asks = {c: a._replace(plan=a.plan.at(round)) if isinstance(a, Fit) else a for c, a in asks.items()}
-        pace = seed_of(self.seed, "pace", round, self._steps)
-        if self.stacked:
-            try:
-                return self._by_kind(asks, random, True, pace)
-            except RuntimeError as error:
-                # Some PEFT methods write in place or through an autograd.Function of their own, which vmap refuses.
-                if not any(word in str(error) for word in ("vmap", "functorch")):
-                    raise
-                self.stacked = False
-                self.notice(f"round {round}: this technique cannot be stacked: clients are trained one by one")
-        return self._by_kind(asks, random, False, pace)
-
-    def _by_kind(
-        self, asks: dict[ClientId, Ask | list[Step]], random: Callable[[ClientId], torch.Generator], stacked: bool, pace: int
-    ) -> Answers:
-        """Clients with the same model together."""
-        kinds: dict[int, dict[ClientId, Ask | list[Step]]] = {}
-        for client, ask in asks.items():
-            kinds.setdefault(id(self.workers.of(client)), {})[client] = ask
-        done: Answers = {}
-        for part in kinds.values():
-            done |= answer(part, self.workers.of(next(iter(part))), random, stacked, pace)
-        return done
-
-    def _reply(
-        self, client: ClientId, own: Tree | None, reply: Message, stored: Tree, down: int, work: tuple[float, float], site: Site
-    ) -> Iterator[Reply]:
-        """Filter, encode and charge a reply; `work` is (operations, example passes)."""
-        flops, examples = work
-        self.progress(client)
-        if not (is_finite(reply.body) and is_finite(own or {})):
-            self.notice(f"round {site.round}: {client} set aside: it is not finite (lower train.lr or set train.clip)")
-            return
-        if client == SERVER:
-            # Work beside the server crosses no wire, but it is work: pooled training's passes are counted like a client's.
-            self.ledger.add(client, flops=flops, examples=examples)
-            if "loss" in reply.info:
-                self.ledger.note(client, loss=reply.info["loss"])
-            self._keep(client, own, {})
-            yield Reply(self.clock + seconds(self.server, 0, flops, 0), client, reply)
-            return
-        filtered, memory = self.up.apply(reply, stored.get("filter", {}))
-        self._keep(client, own, memory)
-        size, message = self._spooled(client, filtered)
-        took = seconds(site.device, down, flops, size)
-        self.ledger.add(client, replies=1, bytes_up=size, flops=flops, simulated_seconds=took, examples=examples)
+    def _reply(self, client: ClientId, reply: Message, down: int, done: Done, device: Device) -> Reply:
+        """Encode and charge a reply."""
         if "loss" in reply.info:
             self.ledger.note(client, loss=reply.info["loss"])
-        yield Reply(self.clock + took, client, message)
-
-    def _keep(self, client: ClientId, own: Tree | None, memory: Tree) -> None:
-        kept: Tree = {}
-        if own is not None:
-            kept["algorithm"] = own
-        if memory:
-            kept["filter"] = memory
-        self.states.write_own(client, kept)
+        if client == SERVER:
+            # Work beside the server crosses no wire, but it is work: pooled training's passes are counted like a client's.
+            self.ledger.add(client, flops=done.flops, examples=done.examples)
+            return Reply(self.clock + seconds(self.server, 0, done.flops, 0), client, reply)
+        size, message = self._spooled(client, reply)
+        took = seconds(device, down, done.flops, size)
+        self.ledger.add(client, replies=1, bytes_up=size, flops=done.flops, simulated_seconds=took, examples=done.examples)
+        return Reply(self.clock + took, client, message)
 
     def _spooled(self, client: ClientId, filtered: Message) -> tuple[int, Message]:
         """(bytes on the wire, the message as the server reads it): large ones on disk, tensor by tensor."""
