@@ -13,10 +13,12 @@ import typer
 from rich.console import Console
 
 from fedtailor import __version__, cli_federation
+from fedtailor.cli_keys import app as keys_app
 from fedtailor.errors import ConfigError, FedtailorError, RunError, nearest
 
 # Heavy imports (torch, transformers) stay inside the commands: `--help` and a wrong flag answer at once.
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.add_typer(keys_app, name="keys")
 err = Console(stderr=True, highlight=False)
 USAGE: Any = typer.BadParameter.__mro__[1]  # UsageError of the click that this typer uses: its own, or the package
 

@@ -13,7 +13,8 @@ from fedtailor.errors import ConfigError
 
 As_json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on standard output.")]
 Insecure = Annotated[
-    bool, typer.Option("--insecure", help="Without TLS and without certificates: whoever reaches the port takes part under any name.")
+    bool,
+    typer.Option("--insecure", help="Without TLS and without certificates: whoever reaches the port takes part under any name."),
 ]
 Keys = Annotated[Path, typer.Option("--keys", help="The authority's folder (`fedtailor keys init`).")]
 Home = Annotated[Path, typer.Option("--home", help="What this member keeps: its key, its state, the model that comes of it.")]
@@ -71,20 +72,27 @@ def serve(
 
 def join(
     server: Annotated[str, typer.Argument(help="HOST:PORT of the server.")],
-    token: Annotated[str | None, typer.Option("--token", help="The invitation (`fedtailor keys invite`), once; or @FILE.")] = None,
+    token: Annotated[
+        str | None, typer.Option("--token", help="The invitation (`fedtailor keys invite`), once; or @FILE.")
+    ] = None,
     data: Annotated[str, typer.Option("--data", help="Your data: a path to csv/tsv/jsonl/parquet/image folder or zip.")] = "",
     home: Home = Path("member"),
     text: Annotated[str, typer.Option("--text", help="Your column of the text, where it is called otherwise.")] = "",
     pair: Annotated[str, typer.Option("--pair", help="Your two columns of pairs of texts: FIRST,SECOND.")] = "",
     label: Annotated[str, typer.Option("--label", help="Your column of the label.")] = "",
-    model: Annotated[str, typer.Option("--model", help="Folder of the backbone here, where the experiment names one of the server's.")] = "",
+    model: Annotated[
+        str, typer.Option("--model", help="Folder of the backbone here, where the experiment names one of the server's.")
+    ] = "",
     public: Annotated[str, typer.Option("--public", help="Public examples, where the experiment uses some.")] = "",
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1.")] = "",
     verbs: Annotated[str, typer.Option("--verbs", help="Answer only these, separated by commas.")] = "",
-    mb: Annotated[float, typer.Option("--mb-a-round", min=0, help="Refuse more than so many megabytes a round; 0: no limit.")] = 0,
+    mb: Annotated[
+        float, typer.Option("--mb-a-round", min=0, help="Refuse more than so many megabytes a round; 0: no limit.")
+    ] = 0,
     epochs: Annotated[float, typer.Option("--epochs", min=0, help="Refuse more passes over your rows a round; 0: no limit.")] = 0,
     simulate: Annotated[
-        bool, typer.Option("--simulate", help="Take this member's part of the experiment's own data, which is on this machine too.")
+        bool,
+        typer.Option("--simulate", help="Take this member's part of the experiment's own data, which is on this machine too."),
     ] = False,
     insecure: Insecure = False,
     name: Annotated[str, typer.Option("--name", help="With --insecure: who you are.")] = "",
@@ -143,7 +151,13 @@ def status(
     console.print(f"{found['name']}: {found['stage']}, round {found['round']}/{found['rounds']}")
     head = ["member", "attached", "seconds", "kB in", "kB out"]
     body = [
-        [name, "yes" if m["attached"] else "no", f"{m['seconds']:,.0f}", f"{m['bytes_in'] / 1e3:,.1f}", f"{m['bytes_out'] / 1e3:,.1f}"]
+        [
+            name,
+            "yes" if m["attached"] else "no",
+            f"{m['seconds']:,.0f}",
+            f"{m['bytes_in'] / 1e3:,.1f}",
+            f"{m['bytes_out'] / 1e3:,.1f}",
+        ]
         for name, m in found["members"].items()
     ]
     cli._table(console, head, body)

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import grpc
 
-from fedtailor import keys
 from fedtailor.errors import ConfigError
+from fedtailor.federation import keys
 from fedtailor.federation.dial import Credentials, ask
-from fedtailor.federation.serve import Keys
+from fedtailor.federation.post import Keys
 
 
 class Doors(NamedTuple):
@@ -32,7 +32,12 @@ def server_doors(folder: Path | None) -> Keys:
     def enrol(certificate: bytes, request: bytes) -> bytes:
         return keys.enrol(folder, certificate, request)
 
-    return Keys(credentials, lambda certificate: keys.member_of(folder, certificate), enrol)
+    return Keys(
+        credentials,
+        lambda certificate: keys.member_of(folder, certificate),
+        enrol,
+        lambda certificate: keys.may_look(folder, certificate),
+    )
 
 
 def member_doors(server: str, home: Path, token: str | None, name: str) -> Doors:
@@ -67,5 +72,3 @@ def asking_doors(folder: Path | None, home: Path | None) -> Doors:
         return Doors("status", None)
     mine = keys.operator_identity(folder)
     return Doors(mine.name, Credentials(mine.key, mine.certificate, mine.authority))
-
-

@@ -39,6 +39,20 @@ OPTIONS = [
 ]
 
 
+class Keys:
+    """Who may come in: certificates of an authority, or, where `--insecure` was typed, whoever says a name."""
+
+    def __init__(
+        self,
+        credentials: grpc.ServerCredentials | None = None,
+        admit: Callable[[bytes], ClientId] | None = None,
+        enrol: Callable[[bytes, bytes], bytes] | None = None,
+        look: Callable[[bytes], str] | None = None,
+    ) -> None:
+        """Each is given a peer's certificate (PEM): whether it may attach, be enrolled, or ask for the status."""
+        self.credentials, self.admit, self.enrol, self.look = credentials, admit, enrol, look
+
+
 class Event(NamedTuple):
     """What the conversation is told."""
 
@@ -57,23 +71,21 @@ class Attached(NamedTuple):
 
 
 class Post:
-    """Attach members, carry parcels. `admit` is given a peer's certificate (PEM) and returns its name, or raises RunError."""
+    """Attach members, carry parcels, answer who asks how it goes."""
 
     def __init__(
         self,
         address: str,
         folder: Path,
         limit: int,
-        admit: Callable[[bytes], ClientId] | None,
-        credentials: grpc.ServerCredentials | None = None,
-        enrol: Callable[[bytes, bytes], bytes] | None = None,
+        keys: Keys,
         status: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.members: dict[ClientId, Attached] = {}
         self.port, self.session = 0, secrets.token_hex(8)
         self._address, self._folder, self._limit = address, folder, limit
-        self._admit, self._credentials, self._enrol, self._status = admit, credentials, enrol, status
+        self._keys, self._status = keys, status
         self._awaited: dict[ClientId, str] = {}  # the id of the reply that a member owes
         self._calls: dict[ClientId, tuple[int, Any]] = {}
         self._count = 0
@@ -157,8 +169,8 @@ class Post:
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         try:
-            if self._credentials:
-                self.port = self._server.add_secure_port(self._address, self._credentials)
+            if self._keys.credentials:
+                self.port = self._server.add_secure_port(self._address, self._keys.credentials)
             else:
                 self.port = self._server.add_insecure_port(self._address)
         except RuntimeError as error:
@@ -171,11 +183,11 @@ class Post:
         if self._server:
             await self._server.stop(grace)
 
-    def _peer(self, context: Any) -> ClientId:
+    def _peer(self, context: Any, admit: Callable[[bytes], ClientId] | None) -> ClientId:
         """Raises:
-        RunError: no certificate of a member.
+        RunError: no certificate that is admitted.
         """
-        if self._admit is None:
+        if admit is None:
             name = dict(context.invocation_metadata() or ()).get(NAME, "")
             if not name:
                 raise RunError("it did not say who it is")
@@ -183,11 +195,11 @@ class Post:
         found = context.auth_context().get("x509_pem_cert", [])
         if not found:
             raise RunError("it showed no certificate")
-        return self._admit(found[0])
+        return admit(found[0])
 
     async def _attach(self, requests: AsyncIterator[bytes], context: Any) -> None:
         try:
-            member = self._peer(context)
+            member = self._peer(context, self._keys.admit)
         except RunError as error:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
             return
@@ -230,17 +242,17 @@ class Post:
 
     async def _enrolled(self, request: bytes, context: Any) -> bytes:
         found = context.auth_context().get("x509_pem_cert", [])
-        if not self._enrol or not found or len(request) > 64 << 10:
+        if not self._keys.enrol or not found or len(request) > 64 << 10:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "nobody is enrolled here")
         try:
-            return self._enrol(found[0], request)  # type: ignore[misc]
+            return self._keys.enrol(found[0], request)  # type: ignore[misc]
         except RunError as error:
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
             raise
 
     async def _told(self, request: bytes, context: Any) -> bytes:
         try:
-            self._peer(context)
+            self._peer(context, self._keys.look)
         except RunError as error:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
         return json.dumps(self._status()).encode()

@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import grpc
 
 from fedtailor import wire
 from fedtailor.config import Experiment
@@ -20,25 +17,13 @@ from fedtailor.errors import ConfigError
 from fedtailor.evaluation import broadcast_of, workers
 from fedtailor.federation.agreement import agreement, difference
 from fedtailor.federation.frames import Header, Parcel
-from fedtailor.federation.post import Post
+from fedtailor.federation.post import Keys, Post
 from fedtailor.federation.remote import EXPERIMENT, FINISH, TICK, Remote, Rules
 from fedtailor.filters import chain
 from fedtailor.folder import FACTS, check_folder, facts_of, make_folder, record, writing, written
 from fedtailor.ledger import Ledger
 from fedtailor.run import Watch, conduct
 from fedtailor.simulation import BASELINES, OWN, Split, World, build, of_server, rows_of
-
-
-class Keys:
-    """Who may come in: certificates of an authority, or, where `--insecure` was typed, whoever says a name."""
-
-    def __init__(
-        self,
-        credentials: grpc.ServerCredentials | None = None,
-        admit: Callable[[bytes], ClientId] | None = None,
-        enrol: Callable[[bytes, bytes], bytes] | None = None,
-    ) -> None:
-        self.credentials, self.admit, self.enrol = credentials, admit, enrol
 
 
 def serve(
@@ -60,9 +45,7 @@ def serve(
     check_folder(experiment, out, resume)
     told: dict[str, Any] = {"name": experiment.name, "rounds": experiment.rounds, "round": 0, "stage": "waiting for members"}
     with tempfile.TemporaryDirectory(prefix="fedtailor-") as folder:
-        post = Post(
-            address, Path(folder), limit, keys.admit, keys.credentials, keys.enrol, lambda: {**told, "members": attached(post)}
-        )
+        post = Post(address, Path(folder), limit, keys, lambda: {**told, "members": attached(post)})
         post.open()
         try:
             watch.notice(f"listening on {address.rpartition(':')[0]}:{post.port}")
