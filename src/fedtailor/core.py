@@ -173,6 +173,9 @@ class Through(NamedTuple):
     name: str  # of what stays
     inward: bool = True  # whether going back gives the gradient of the hidden states that came in
     back: bool = True  # whether anybody comes back; if nobody does, the outputs are the same bits whoever else is asked
+    seed: int | None = (
+        None  # with one the model's own dropout is on, and its masks are those of this seed; such a step is never stacked
+    )
 
 
 class Back(NamedTuple):
@@ -190,6 +193,7 @@ class Slope(NamedTuple):
     params: Tree
     batch: Batch
     aux: Tree = {}
+    seed: int | None = None  # as for Through
 
 
 class Slopes(NamedTuple):

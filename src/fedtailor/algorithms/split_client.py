@@ -5,7 +5,7 @@
 
 A front that nothing moves says the same of an example each time, so it is sent once: the server keeps it in the engine's cache and says
 so, and the client names the row from then on. Where the cache is lost the server asks again. Such a row goes through the front alone and
-unpadded, so that its bits do not depend on who shared its batch.
+unpadded, so that its bits do not depend on who shared its batch. With dropout nothing is kept.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from fedtailor.trees import select
 def handlers(on: Ground) -> dict[str, Handler]:
     """The client's handlers, by verb."""
 
-    def through_front(own: Tree, batch: Tree, name: str, back: bool) -> Through:
+    def through_front(own: Tree, site: Site, batch: Tree, at: tuple[int, int], back: bool) -> Through:
         read = {name: x for name, x in batch.items() if name not in TARGETS}
-        return Through(on.cut(*own["cut"])[0], own["front"], read, name, back=back)
+        seed = on.seed(site.seed, site.id, "front", *at)
+        return Through(on.cut(*own["cut"])[0], own["front"], read, name_of(site, *at), back=back, seed=seed)
 
     def go(own: Tree | None, msg: Message, site: Site) -> Flow:
         step, number = int(msg.info["step"]), int(msg.info["pass"])
@@ -39,7 +40,7 @@ def handlers(on: Ground) -> dict[str, Handler]:
         order = order_of(on.job, site, number)
         mine = {**mine, **{end: {**mine[end], **msg.body[end]} for end in ENDS if end in msg.body}}
         if "gradient" in msg.body:
-            before = through_front(mine, batch_of(site, order[step - 1]), name_of(site, number, step - 1), True)
+            before = through_front(mine, site, batch_of(site, order[step - 1]), (number, step - 1), True)
             slopes = yield Back(before, msg.body["gradient"])
             mine = descended(mine, "front", slopes.params, {"pass": number, "step": step - 1, "steps": len(order)})
         inward = bool(on.moving(mine["front"], "front", number))
@@ -51,12 +52,12 @@ def handlers(on: Ground) -> dict[str, Handler]:
         batch = batch_of(site, rows)
         info |= {"masked": float(MASK in batch)}
         if "kept" not in mine:
-            hidden = yield through_front(mine, batch, name_of(site, number, step), inward)
+            hidden = yield through_front(mine, site, batch, (number, step), inward)
             mask = {MASK: batch[MASK].to(torch.uint8)} if MASK in batch else {}
             return mine, Message("sent", {HIDDEN: hidden, **mask}, info)
         info |= {"again": 1.0} if "again" in msg.info else {}
         new = rows if "again" in msg.info else rows[~mine["kept"][torch.from_numpy(rows.copy())].numpy()]
-        asks: list[Step] = [through_front(mine, batch_of(site, row[None]), name_of(site, number, step), False) for row in new]
+        asks: list[Step] = [through_front(mine, site, batch_of(site, row[None]), (number, step), False) for row in new]
         said = yield asks
         body = {"rows": torch.from_numpy(rows.astype(np.int32)), "said": {str(r): h[0] for r, h in zip(new, said, strict=True)}}
         return mine, Message("sent", body, info)
@@ -72,7 +73,8 @@ def handlers(on: Ground) -> dict[str, Handler]:
             mine = {**mine, "kept": kept}
         if MASK in batch and batch[MASK].shape[1] > hidden.shape[1]:  # the head reads no more than this
             batch = {name: x[:, : hidden.shape[1]] if x.dim() == 2 else x for name, x in batch.items()}
-        found = yield Slope(on.job.loss, on.cut(*mine["cut"])[2], mine["back"], {**batch, HIDDEN: hidden})
+        seed = on.seed(site.seed, site.id, "back", number, step)
+        found = yield Slope(on.job.loss, on.cut(*mine["cut"])[2], mine["back"], {**batch, HIDDEN: hidden}, seed=seed)
         mine = descended(mine, "back", found.params, {"pass": number, "step": step, "steps": len(order)})
         info = info_of(site, number, step, len(order), mine["cut"], examples=len(rows))
         body = {"gradient": found.hidden} if "wanted" in msg.info else {}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from fedtailor.algorithms.fedavg import one_size
-from fedtailor.core import ClientId, Job, Layers, Message, Part, Site, Tree
+from fedtailor.core import ClientId, Job, Layers, Message, Part, Site, Tree, seed_of
 from fedtailor.cut import cut_at
 from fedtailor.errors import ConfigError
 from fedtailor.optimizers import learning_rate, stepped
@@ -50,6 +50,10 @@ class Ground(NamedTuple):
         """Names of the tensors of front, middle or back that are trained in this pass."""
         return [name for name in tree if self.rules.moves(number, place, name)]
 
+    def seed(self, root: int, client: ClientId, place: str, number: int, step: int) -> int | None:
+        """Of what front, middle or back of a client drop in a step: the same however often it is made. None without dropout."""
+        return seed_of(root, "dropout", client, number, step, place) if self.job.plan.dropout else None
+
     def rate(self, at: Mapping[str, Any]) -> float:
         """The learning rate of a step: at has pass, step and steps."""
         return learning_rate(self.job.plan.at(int(at["pass"])), int(at["step"]), int(at["steps"]))
@@ -68,19 +72,17 @@ def ground(job: Job, name: str, rules: Rules) -> Ground:
     """The rules on this job.
 
     Raises:
-        ConfigError: its model or technique cannot be cut, clients differ in rank, or there is dropout.
+        ConfigError: its model or technique cannot be cut, clients differ in rank, or gradients are to be clipped.
     """
     one_size(job, name)
     if job.layers is None:
         raise ConfigError(
             f"algorithm {name} cuts a model by its layers: use a model that has a list of them, and technique lora, prefix, full, ia3 or head"
         )
-    if job.plan.dropout:
-        raise ConfigError(
-            f"algorithm {name} computes parts again where it has to, which dropout would change: set train.dropout = false"
-        )
     if job.plan.clip:
         raise ConfigError(f"algorithm {name}: no side knows the whole gradient that train.clip is about: leave it out")
+    if job.plan.dropout:  # what a frozen front says is something else each time: there is nothing to keep
+        rules = rules._replace(cache=0)
     return Ground(job, job.layers, rules)
 
 

@@ -196,7 +196,7 @@ def answered(on: Ground, desk: Desk, found: Mapping[str, Any]) -> None:
         else:
             given = {name: x for name, x in given.items() if name not in (HIDDEN, MASK, "said", "rows", "again")}
             desk.under_way[client] = {**given, "batch": outputs["batch"], "shape": list(outputs[HIDDEN].shape)}
-            flags = {"wanted": way(on, {**given, "batch": {}}, desk.middles).back, "kept": outputs["kept"]}
+            flags = {"wanted": way(on, client, {**given, "batch": {}}, desk.middles).back, "kept": outputs["kept"]}
             info = {**place_of(given), **{name: 1.0 for name, flag in flags.items() if flag}}
             desk.letters[client] = Message("turn", {HIDDEN: outputs[HIDDEN]}, info)
     together: dict[ClientId, list[ClientId]] = {}
@@ -247,8 +247,8 @@ def middle(on: Ground, own: Tree | None, msg: Message, site: Site) -> Flow:
         else:
             body[client] = {"again": 1}
     kept = dict(zip(keeps, (yield list(keeps.values())) if keeps else [], strict=True))
-    todo: list[Step] = [way(on, {**sent[client], "batch": batch}, middles) for client, batch in joined.items()]
-    todo += [Back(way(on, given, middles), given["gradient"]) for given in turned.values()]
+    todo: list[Step] = [way(on, client, {**sent[client], "batch": batch}, middles) for client, batch in joined.items()]
+    todo += [Back(way(on, client, given, middles), given["gradient"]) for client, given in turned.items()]
     found = yield todo
     for client, outputs in zip(joined, found, strict=False):
         if is_finite({"": outputs}):
@@ -260,11 +260,12 @@ def middle(on: Ground, own: Tree | None, msg: Message, site: Site) -> Flow:
     return own, Message("passed", body)
 
 
-def way(on: Ground, given: Tree, middles: Tree) -> Through:
+def way(on: Ground, client: ClientId, given: Tree, middles: Tree) -> Through:
     """A client's batch through its middle."""
     at, params = on.cut(given["front"], given["back"])[1], middles[given["whose"]]["params"]
     back = bool(given["inward"]) or bool(on.moving(params, "middle", int(given["pass"])))
-    return Through(at, params, given["batch"], given["name"], bool(given["inward"]), back)
+    seed = on.seed(on.job.seed, client, "middle", int(given["pass"]), int(given["step"]))
+    return Through(at, params, given["batch"], given["name"], bool(given["inward"]), back, seed)
 
 
 def padded(rows: list[Tensor], masked: bool) -> Tree:
