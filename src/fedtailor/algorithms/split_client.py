@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedtailor.algorithms import split_deltas
 from fedtailor.algorithms.split_rules import ENDS, MASK, Ground, place_of
 from fedtailor.core import HIDDEN, TARGETS, Back, Flow, Handler, Job, Message, Site, Slope, Step, Through, Tree
 from fedtailor.engines.batches import batches
@@ -46,13 +47,20 @@ def handlers(on: Ground) -> dict[str, Handler]:
         inward = bool(on.moving(mine["front"], "front", number))
         info = info_of(site, number, step, len(order), mine["cut"], inward=inward, number=site.number)
         if step >= len(order):
+            if number >= on.job.plan.rounds:  # it was its last pass
+                mine = {name: x for name, x in mine.items() if name not in ("bases", "new")}
             rested = {end: select(mine[end], on.moving(mine[end], end, number)) for end in ENDS}
             return mine, Message("rested", {} if on.rules.ahead else rested, info)
         rows = order[step]
         batch = batch_of(site, rows)
         info |= {"masked": float(MASK in batch)}
         if "kept" not in mine:
+            info |= {"again": 1.0} if "again" in msg.info else {}
             hidden = yield through_front(mine, site, batch, (number, step), inward)
+            if on.rules.delta:
+                each = [h[:length] for h, length in zip(hidden, lengths_of(batch, hidden), strict=True)]
+                bases, body = split_deltas.said(on.rules.delta, mine.get("bases", {}), rows.tolist(), each, "again" in msg.info)
+                return {**mine, "bases": bases, "new": list(body["said"])}, Message("sent", body, info)
             mask = {MASK: batch[MASK].to(torch.uint8)} if MASK in batch else {}
             return mine, Message("sent", {HIDDEN: hidden, **mask}, info)
         info |= {"again": 1.0} if "again" in msg.info else {}
@@ -71,6 +79,8 @@ def handlers(on: Ground) -> dict[str, Handler]:
             kept = mine["kept"].clone()
             kept[torch.from_numpy(rows.copy())] = True
             mine = {**mine, "kept": kept}
+        if "new" in mine and "kept" not in msg.info:  # the server has no room for what it was sent whole
+            mine = {**mine, "bases": {row: h for row, h in mine["bases"].items() if row not in mine["new"]}}
         if MASK in batch and batch[MASK].shape[1] > hidden.shape[1]:  # the head reads no more than this
             batch = {name: x[:, : hidden.shape[1]] if x.dim() == 2 else x for name, x in batch.items()}
         seed = on.seed(site.seed, site.id, "back", number, step)
@@ -120,6 +130,11 @@ def order_of(job: Job, site: Site, number: int) -> list[np.ndarray]:
 def batch_of(site: Site, rows: np.ndarray) -> dict[str, Any]:
     data = site.data["train"]
     return data.batch(rows, int(data.lengths[rows].max()), len(rows))
+
+
+def lengths_of(batch: Tree, hidden: torch.Tensor) -> list[int]:
+    """Hidden states of each row of a batch that are no padding."""
+    return batch[MASK].sum(1).tolist() if MASK in batch else [hidden.shape[1]] * len(hidden)
 
 
 def name_of(site: Site, number: int, step: int) -> str:

@@ -28,6 +28,8 @@ class Rules(NamedTuple):
     lockstep: bool = False  # everybody's step before anybody's next one
     ahead: bool = False  # a client that is done goes on with its next pass; else it waits for the round to end
     cache: float = 1e9  # bytes that the server keeps of what frozen fronts said
+    delta: float = 0.0  # share of its numbers that a row is sent of again where the front trains; 0: all of them
+    room: float = 1e9  # bytes of such rows that the server holds
     start: Callable[[Tree], Tree] = lambda tree: tree  # what everybody makes of the technique's initial tree
 
 
@@ -72,7 +74,8 @@ def ground(job: Job, name: str, rules: Rules) -> Ground:
     """The rules on this job.
 
     Raises:
-        ConfigError: its model or technique cannot be cut, clients differ in rank, or gradients are to be clipped.
+        ConfigError: its model or technique cannot be cut, clients differ in rank, gradients are to be clipped, or changes would not arrive
+            as they were sent.
     """
     one_size(job, name)
     if job.layers is None:
@@ -81,6 +84,15 @@ def ground(job: Job, name: str, rules: Rules) -> Ground:
         )
     if job.plan.clip:
         raise ConfigError(f"algorithm {name}: no side knows the whole gradient that train.clip is about: leave it out")
+    if not 0 <= rules.delta <= 1:
+        raise ConfigError(
+            f"algorithm.delta = {rules.delta:g}: the share of a row's numbers that is sent again, from 0 (off: all) to 1"
+        )
+    if rules.delta and not job.exact_up:
+        raise ConfigError(
+            f"algorithm.delta = {rules.delta:g}: both sides must hold the same rows, which a filter on what goes up would change: "
+            "set algorithm.delta = 0, or leave in filters.up only filters that end in @gradient"
+        )
     if job.plan.dropout:  # what a frozen front says is something else each time: there is nothing to keep
         rules = rules._replace(cache=0)
     return Ground(job, job.layers, rules)
