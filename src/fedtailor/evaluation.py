@@ -38,7 +38,7 @@ def workers(model: Model, flops: Flops = no_flops, looks: Flops = no_flops) -> W
     def on(part: Part) -> Technique:
         return on_part(model.technique, part, lambda b: TECHNIQUES[section.kind](b, **section.options))
 
-    steps = Steps(lambda part: on(part).bind(False), device, lambda part, inward: costs(on(part), part, model.job, inward))
+    steps = Steps(lambda part, drops: on(part).bind(drops), device, lambda part, inward: costs(on(part), part, model.job, inward))
     server = Workers(model.technique.bind, count, device, flops, group, looks, steps)
     if not model.kits:
         return server
