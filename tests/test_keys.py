@@ -482,8 +482,8 @@ def test_without_cryptography_the_commands_name_the_extra(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("keys", "identity", "tokens", "certificates"):
-        monkeypatch.delitem(sys.modules, f"fedtailor.{name}")
-        monkeypatch.delattr(f"fedtailor.{name}")
+        monkeypatch.delitem(sys.modules, f"fedtailor.federation.{name}")
+        monkeypatch.delattr(f"fedtailor.federation.{name}")
     monkeypatch.setitem(sys.modules, "cryptography", None)
     printed = typed("keys init")
     assert printed.code == 2
