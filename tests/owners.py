@@ -6,7 +6,7 @@ import queue
 import random
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,8 +90,8 @@ class Owners(NamedTuple):
         return parse(values)
 
 
-def owners(folder: Path, model: Path, count: int = 10) -> Owners:
-    parts = {name: rows_of(name, count + 3 * i) for i, name in enumerate(NAMES)}
+def owners(folder: Path, model: Path, count: int = 10, names: Sequence[str] = NAMES) -> Owners:
+    parts = {name: rows_of(name, count + 3 * i) for i, name in enumerate(names)}
     own = {}
     for name, rows in parts.items():
         own[name] = folder / f"{name}.csv"
