@@ -18,9 +18,9 @@ from fedtailor.core import SERVER, ClientId, Tree, stream
 from fedtailor.engines.local import Local
 from fedtailor.engines.states import States
 from fedtailor.errors import RunError
-from fedtailor.evaluation import broadcast_of, evaluate, validate, workers
-from fedtailor.filters import chain
+from fedtailor.evaluation import broadcast_of, evaluate, validate
 from fedtailor.folder import CLIENTS, ROUNDS, SUMMARY, check_folder, defined, keep_rounds, make_folder, record, writing
+from fedtailor.launch import check_engine, engine_of
 from fedtailor.ledger import COLUMNS, Ledger
 from fedtailor.simulation import BASELINES, World, build
 from fedtailor.tracking import check_trackers, tracker
@@ -45,6 +45,7 @@ def run(experiment: Experiment, out: Path, resume: bool = False, watch: Watch = 
     """
     check_folder(experiment, out, resume)
     check_trackers(experiment)
+    check_engine(experiment)
     watch.stage("loading data and model")
     memory.keep()
     memory.forget_peak()
@@ -61,21 +62,7 @@ def _run(world: World, out: Path, watch: Watch) -> dict[str, Any]:
     states, ledger = States(out / "state"), Ledger()
     before = states.resume()
     log = tracker(experiment, out)
-    engine = Local(
-        algorithm,
-        world.sites,
-        workers(world, world.flops, world.looks),
-        states,
-        ledger,
-        up=chain(experiment.filters.up),
-        down=chain(experiment.filters.down),
-        seed=experiment.seed,
-        stacked=experiment.engine.stacked,
-        deadline=experiment.clients.deadline,
-        notice=watch.notice,
-        progress=watch.client,
-        server=world.job.server,
-    )
+    engine = engine_of(world, states, ledger, watch.notice, watch.client)
     done, state, earlier = 0, algorithm.init(world.technique.init), 0.0
     try:
         if before:
