@@ -149,9 +149,9 @@ def world_of(
             parts["global"] = Subset(data, np.arange(52, 60))
         return Site(client, parts, inits[client], round, seed, (devices or {}).get(client, Device()), names.index(client))
 
-    def bind(part: Part) -> Forward:
+    def bind(part: Part, dropout: bool) -> Forward:
         assert make
-        return on_part(technique, part, make).bind(False)
+        return on_part(technique, part, make).bind(dropout)
 
     return World(algorithm, technique, sites, names, job, log, data, Steps(bind))
 

@@ -217,7 +217,6 @@ def test_a_prefix_that_counts_as_text_needs_a_layer_at_the_front(world: Maker) -
     ("more", "line"),
     [
         ({"technique": "prompt", "topts": {"length": 2}}, "technique lora, prefix, full, ia3 or head"),
-        ({"plan": ADAM._replace(dropout=True)}, "set train.dropout = false"),
         ({"sizes": {"c0": 1, "c1": 2, "c2": 2}}, "needs the same rank or length"),
     ],
 )

@@ -131,7 +131,7 @@ def test_steps_that_are_asked_for_are_those_steps(
     whole, middle, end = cut_up(family)
     loss = language if family in CAUSAL else classification
     bound = {part: technique.bind(False) for part, technique in ((CUT[1], middle), (CUT[2], end))}
-    steps = Steps(bound.__getitem__)
+    steps = Steps(lambda part, dropout: bound[part])
     batches = [training(family, seed) for seed in range(3)]
     width = min(b["input_ids"].shape[1] for b in batches)
     batches = [{k: v[:, : width - (i == 2)] if v.dim() == 2 else v for k, v in b.items()} for i, b in enumerate(batches)]
@@ -162,7 +162,7 @@ def test_steps_that_are_asked_for_are_those_steps(
 
 def test_handlers_may_ask_for_a_list_of_steps(cut_up: Callable[[str], list[Technique]], folders: Callable[[str], Path]) -> None:
     _, middle, _ = cut_up("bert")
-    workers = Workers(middle.bind, 1, steps=Steps(lambda part: middle.bind(False)))
+    workers = Workers(middle.bind, 1, steps=Steps(lambda part, dropout: middle.bind(dropout)))
     batch = training("bert")
     hidden = embedded(batch, folders("bert"), "bert")
     one = Through(CUT[1], middle.init, {"attention_mask": batch["attention_mask"], HIDDEN: hidden}, "a")

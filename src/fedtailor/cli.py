@@ -12,11 +12,13 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from fedtailor import __version__
+from fedtailor import __version__, cli_federation
+from fedtailor.cli_keys import app as keys_app
 from fedtailor.errors import ConfigError, FedtailorError, RunError, nearest
 
 # Heavy imports (torch, transformers) stay inside the commands: `--help` and a wrong flag answer at once.
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.add_typer(keys_app, name="keys")
 err = Console(stderr=True, highlight=False)
 USAGE: Any = typer.BadParameter.__mro__[1]  # UsageError of the click that this typer uses: its own, or the package
 
@@ -27,6 +29,11 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last chec
 Preset = Annotated[str | None, typer.Option("--preset", help="Apply the experiment's table [presets.NAME] first.")]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of every random stream.")]
 RunFolder = Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")]
+
+
+app.command()(cli_federation.serve)
+app.command()(cli_federation.join)
+app.command()(cli_federation.status)
 
 
 @app.callback(invoke_without_command=True)

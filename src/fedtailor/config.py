@@ -51,6 +51,9 @@ class DataSection(Section):
     text: str | None = Field(None, description="column of the text")
     pair: tuple[str, str] | None = Field(None, description="two columns, for pairs of texts")
     label: str | None = Field(None, description="column of the label")
+    labels: list[str] = Field(
+        [], description="names of the classes, where the data is with the members of a federation (name = 'own')"
+    )
     test: str | float | None = Field(None, description="a file or split, or the fraction held out (0.2 without a test set)")
     public: str | float | None = Field(
         None, description="public examples: a data set of the same kind, or the share of the training rows to be held by nobody"
@@ -93,7 +96,15 @@ class ClientsSection(Section):
     test: float = Field(0.2, ge=0, lt=1, description="fraction of a client's rows kept as its own test split")
     valid: float = Field(0.1, ge=0, lt=1, description="fraction kept for validation")
     devices: list[DeviceSection] = []
-    deadline: float = Field(0, ge=0, description="seconds on the virtual clock after which a reply is too late; 0: none")
+    deadline: float = Field(
+        0,
+        ge=0,
+        description="seconds after which a reply is too late, on the virtual clock or in a federation on everybody's; 0: none",
+    )
+    min_clients: int = Field(
+        1, ge=1, description="serve: members that a round needs to begin, and replies to end at its deadline"
+    )
+    grace: float = Field(60, gt=0, description="serve: seconds that a member may be cut off before its letter counts as lost")
     ranks: list[PositiveInt] = Field([], description="LoRA ranks, dealt to the clients in turn")
     lengths: list[PositiveInt] = Field([], description="prefix or prompt lengths, dealt to the clients in turn")
     kinds: list[KindSection] = Field([], description="models and techniques, dealt to the clients in turn (distil and local)")
@@ -136,6 +147,9 @@ class EngineSection(Section):
     workers: int = Field(0, ge=0, description="threads that each train a group; 0 chooses")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
     precision: Literal["fp32", "bf16"] = "fp32"
+    ordered: bool = Field(
+        False, description="serve: take replies in client order where they are taken as they come, as a simulation does"
+    )
     server_gflops: float = Field(0, ge=0, description="speed of the server on the virtual clock; 0: its work takes no time")
 
 

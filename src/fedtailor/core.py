@@ -173,6 +173,9 @@ class Through(NamedTuple):
     name: str  # of what stays
     inward: bool = True  # whether going back gives the gradient of the hidden states that came in
     back: bool = True  # whether anybody comes back; if nobody does, the outputs are the same bits whoever else is asked
+    seed: int | None = (
+        None  # with one the model's own dropout is on, and its masks are those of this seed; such a step is never stacked
+    )
 
 
 class Back(NamedTuple):
@@ -190,6 +193,7 @@ class Slope(NamedTuple):
     params: Tree
     batch: Batch
     aux: Tree = {}
+    seed: int | None = None  # as for Through
 
 
 class Slopes(NamedTuple):
@@ -318,6 +322,7 @@ class Job(NamedTuple):
     device: str = "cpu"
     sizes: tuple[int, ...] = ()  # ranks or prefix lengths, where clients differ in them; the initial tree has the largest
     exact_down: bool = True  # what the server sends arrives unrounded (no lossy filter)
+    exact_up: bool = True  # what a client sends does, but for gradients
     seed: int = 0  # of what is drawn at the server; a client draws from its site
     passes: Callable[[Sequence[Tree]], int] = len  # forward passes that a row takes to be judged with each of these trees
     classes: int = 0  # of the labels; 0 for language

@@ -125,6 +125,7 @@ def equip(experiment: Experiment, facts: Facts) -> Model:
         device=device,
         sizes=tuple(sorted(set(sizes))),
         exact_down=not experiment.filters.down,
+        exact_up=all(name.endswith("@gradient") for name in experiment.filters.up),
         seed=seed,
         passes=technique.passes,
         classes=experiment.model.labels or len(facts.labels),

@@ -12,6 +12,7 @@ import torch
 
 from fedtailor.core import SERVER, ClientId, Letters, Part, Tree
 from fedtailor.engines.answering import Crew, Workers
+from fedtailor.engines.engine import Engine
 from fedtailor.engines.local import Local
 from fedtailor.engines.splitting import Steps
 from fedtailor.engines.training import Flops, no_flops
@@ -37,7 +38,7 @@ def workers(model: Model, flops: Flops = no_flops, looks: Flops = no_flops) -> W
     def on(part: Part) -> Technique:
         return on_part(model.technique, part, lambda b: TECHNIQUES[section.kind](b, **section.options))
 
-    steps = Steps(lambda part: on(part).bind(False), device, lambda part, inward: costs(on(part), part, model.job, inward))
+    steps = Steps(lambda part, drops: on(part).bind(drops), device, lambda part, inward: costs(on(part), part, model.job, inward))
     server = Workers(model.technique.bind, count, device, flops, group, looks, steps)
     if not model.kits:
         return server
@@ -53,22 +54,25 @@ def broadcast_of(model: Model, state: Tree, client: ClientId) -> Tree:
     return dict((letters.to if isinstance(letters, Letters) else letters)[client].body)
 
 
-def validate(world: World, engine: Local, state: Tree, number: int) -> dict[str, Any]:
+def validate(world: World, engine: Engine, state: Tree, number: int) -> dict[str, Any]:
     """The metric and the loss on validation data: what choices and early looks may use."""
-    cohort = sorted(world.clients) if world.algorithm.personal else []
+    # The server has everybody's validation rows in a simulation, and nobody's where data is with its owners.
+    cohort = world.facts.clients if world.algorithm.personal or not engine.own_states_here else []
     replies = engine.converse(world.algorithm.answer(state, cohort), number, world.valid_sites)
+    if not engine.own_states_here:
+        replies.pop(SERVER, None)
     sums = total(r.body["test"] for r in replies.values() if "test" in r.body)
     return {"valid": world.metric.value(sums), "valid_loss": mean_loss(sums)} if sums else {}
 
 
-def evaluate(world: World, engine: Local, state: Tree, number: int) -> dict[str, Any]:
+def evaluate(world: World, engine: Engine, state: Tree, number: int) -> dict[str, Any]:
     """Metrics on the global test set and on every client's own test split."""
-    replies = engine.converse(world.algorithm.answer(state, sorted(world.clients)), number, world.sites)
+    replies = engine.converse(world.algorithm.answer(state, world.facts.clients), number, world.sites)
     value = world.metric.value
     own = {c: value(r.body["test"]) for c, r in sorted(replies.items()) if c != SERVER and "test" in r.body}
     wide = {c: value(r.body["global"]) for c, r in sorted(replies.items()) if "global" in r.body}
     everything = [r.body["global"] for r in replies.values() if "global" in r.body]
-    whole = replies[SERVER].body["test"] if SERVER in replies else total(everything) if everything else None
+    whole = replies[SERVER].body.get("test") if SERVER in replies else total(everything) if everything else None
     scores = sorted(own.values(), reverse=world.metric.better(0.0, 1.0))
     # What an algorithm measures beside the metric (retrieval) is in the information about the judged.
     told = {name: v for name, v in replies[SERVER].info.items() if name != "n"} if SERVER in replies else {}

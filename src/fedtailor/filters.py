@@ -128,17 +128,12 @@ def _topk(feedback: bool = True, share: str = "0.1", only: str = "") -> Filter:
         places = flat.abs().topk(count).indices.sort().values
         values, received = flat[places], torch.zeros_like(flat)
         received[places] = values
-        at = places.to(torch.int32)
-        if len(flat) < 32 * count:
-            bits = torch.zeros(-(-len(flat) // 8) * 8, dtype=torch.uint8)
-            bits[places] = 1
-            at = (bits.view(-1, 8) * BITS).sum(1, dtype=torch.uint8)
-        return {"": values, AT: at, SHAPE: torch.tensor(full.shape, dtype=torch.int64)}, received.view(full.shape)
+        return {"": values, AT: marked(places, len(flat)), SHAPE: torch.tensor(full.shape, dtype=torch.int64)}, received.view(
+            full.shape
+        )
 
     def restore(values: Tensor, beside: dict[str, Tensor]) -> Tensor:
-        shape, at = torch.Size(beside[SHAPE].tolist()), beside[AT]
-        if at.dtype == torch.uint8:
-            at = ((at[:, None] & BITS) > 0).reshape(-1).nonzero()[:, 0]
+        shape, at = torch.Size(beside[SHAPE].tolist()), places_of(beside[AT])
         if (
             not 0 < len(values) == len(at)
             or shape.numel() > MOST * len(at)
@@ -147,10 +142,24 @@ def _topk(feedback: bool = True, share: str = "0.1", only: str = "") -> Filter:
         ):
             raise WireError(f"topk: {len(values)} values at {len(at)} places of a tensor of {shape.numel()} entries")
         out = torch.zeros(shape.numel())
-        out[at.long()] = values.float()
+        out[at] = values.float()
         return out.view(shape)
 
     return _lossy(squeeze, restore, (AT, SHAPE), feedback, only)
+
+
+def marked(places: Tensor, size: int) -> Tensor:
+    """Places among `size` entries for the wire, whichever is smaller: a bit an entry, or four bytes a place."""
+    if size >= 32 * len(places):
+        return places.to(torch.int32)
+    bits = torch.zeros(-(-size // 8) * 8, dtype=torch.uint8)
+    bits[places] = 1
+    return (bits.view(-1, 8) * BITS).sum(1, dtype=torch.uint8)
+
+
+def places_of(at: Tensor) -> Tensor:
+    """The places that `marked` wrote down, in order."""
+    return ((at[:, None] & BITS) > 0).reshape(-1).nonzero()[:, 0] if at.dtype == torch.uint8 else at.long()
 
 
 BITS = 2 ** torch.arange(8, dtype=torch.uint8)

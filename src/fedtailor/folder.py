@@ -79,6 +79,15 @@ def record(facts: Facts, out: Path) -> None:
     wire.atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
+def facts_of(out: Path) -> Facts:
+    """What a run knows of its data.
+
+    Raises:
+        RunError: the file is missing or corrupt.
+    """
+    return _facts(out / FACTS)
+
+
 def _facts(path: Path) -> Facts:
     try:
         return Facts(**json.loads(path.read_text(encoding="utf-8")))

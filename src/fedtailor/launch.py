@@ -43,8 +43,8 @@ def check_engine(experiment: Experiment) -> None:
             raise ConfigError(f"engine.{key} does nothing with engine.kind '{kind}': set engine.kind to ray, or leave it out")
 
 
-def engine_of(
-    world: World, states: States, ledger: Ledger, notice: Callable[[str], None], progress: Callable[[ClientId], None]
+def engine_for(
+    world: World, notice: Callable[[str], None], progress: Callable[[ClientId], None], states: States, ledger: Ledger
 ) -> Local:
     """The experiment's engine. The conversation is the same whoever works."""
     experiment = world.experiment

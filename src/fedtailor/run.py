@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -15,12 +16,12 @@ import torch
 from fedtailor import memory, wire
 from fedtailor.config import Experiment
 from fedtailor.core import SERVER, ClientId, Tree, stream
-from fedtailor.engines.local import Local
+from fedtailor.engines.engine import Engine
 from fedtailor.engines.states import States
 from fedtailor.errors import RunError
 from fedtailor.evaluation import broadcast_of, evaluate, validate
 from fedtailor.folder import CLIENTS, ROUNDS, SUMMARY, check_folder, defined, keep_rounds, make_folder, record, writing
-from fedtailor.launch import check_engine, engine_of
+from fedtailor.launch import check_engine, engine_for
 from fedtailor.ledger import COLUMNS, Ledger
 from fedtailor.simulation import BASELINES, World, build
 from fedtailor.tracking import check_trackers, tracker
@@ -53,16 +54,27 @@ def run(experiment: Experiment, out: Path, resume: bool = False, watch: Watch = 
     make_folder(experiment, out)  # only now: a mistake in the experiment leaves nothing behind
     with writing(out):
         record(world.facts, out)
-        return _run(world, out, watch)
+        return conduct(world, out, watch, functools.partial(engine_for, world, watch.notice, watch.client))
 
 
-def _run(world: World, out: Path, watch: Watch) -> dict[str, Any]:
+def conduct(
+    world: World,
+    out: Path,
+    watch: Watch,
+    engine_of: Callable[[States, Ledger], Engine],
+    end: Callable[[Tree, States], None] = lambda state, states: None,
+) -> dict[str, Any]:
+    """The rounds of a run in its folder, from the last checkpoint where there is one, and its summary. `end` is told of the last state.
+
+    Raises:
+        RunError: see errors.py.
+    """
     experiment, algorithm = world.experiment, world.algorithm
-    started, clients = time.perf_counter(), sorted(world.clients)
+    started, clients = time.perf_counter(), world.facts.clients
     states, ledger = States(out / "state"), Ledger()
     before = states.resume()
     log = tracker(experiment, out)
-    engine = engine_of(world, states, ledger, watch.notice, watch.client)
+    engine = engine_of(states, ledger)
     done, state, earlier = 0, algorithm.init(world.technique.init), 0.0
     try:
         if before:
@@ -98,6 +110,7 @@ def _run(world: World, out: Path, watch: Watch) -> dict[str, Any]:
             )
         watch.stage("evaluating on the test sets")
         summary: dict[str, Any] = defined(_finish(world, engine, state, states, ledger, elapsed, out))
+        end(state, states)
         engine.finish()
         summary["seconds_total"] = earlier + time.perf_counter() - started
     finally:
@@ -115,7 +128,7 @@ def draw(clients: list[ClientId], size: int | None, seed: int, round: int) -> li
     return [clients[i] for i in sorted(picked.tolist())]
 
 
-def _costs(ledger: Ledger, engine: Local, cohort: int) -> dict[str, Any]:
+def _costs(ledger: Ledger, engine: Engine, cohort: int) -> dict[str, Any]:
     """The round's line: sums over its clients, and every client's own part."""
     lines = ledger.close_round()
     sums = {name: sum(line.get(name, 0.0) for line in lines.values()) for name in COLUMNS}
@@ -135,17 +148,19 @@ def _mean_loss(lines: dict[ClientId, dict[str, float]]) -> float | None:
 
 
 def _finish(
-    world: World, engine: Local, state: Tree, states: States, ledger: Ledger, elapsed: float, out: Path
+    world: World, engine: Engine, state: Tree, states: States, ledger: Ledger, elapsed: float, out: Path
 ) -> dict[str, Any]:
     experiment, algorithm = world.experiment, world.algorithm
     scores = evaluate(world, engine, state, experiment.rounds)
     world.technique.save(algorithm.model(state), out / "adapter")
-    if algorithm.personal:
+    if algorithm.personal and engine.own_states_here:
         save_personal(world, states, state, out / "adapter" / "personal")
     own, wide = scores.pop("clients"), scores.pop("clients_on_global")
     _write_clients(world, ledger, own, wide, out / CLIENTS)
     flops, examples = ledger.total("flops"), ledger.total("examples")
     pooled = experiment.algorithm.kind in BASELINES
+    lengths = next((store.lengths for store in (world.store, world.test) if store.rows), [experiment.data.max_length])
+    usual = int(np.mean(lengths))
     return {
         "name": experiment.name,
         "algorithm": experiment.algorithm.kind,
@@ -157,15 +172,15 @@ def _finish(
         "bytes_total": int(ledger.total("bytes_up") + ledger.total("bytes_down")),
         **_per_query(ledger, int(state.get("queries", 0))),
         "trainable_parameters": numel(world.technique.init),
-        "flops_per_example": flops / examples if examples else world.flops(1, int(np.mean(world.store.lengths))),
-        "forward_flops_per_example": world.looks(1, int(np.mean(world.store.lengths))),
+        "flops_per_example": flops / examples if examples else world.flops(1, usual),
+        "forward_flops_per_example": world.looks(1, usual),
         "flops_total": flops,
         "example_passes": examples,
         "peak_memory_bytes": memory.peak(),
         "seconds": elapsed,
         "simulated_seconds": engine.clock,
         "rounds": experiment.rounds,
-        "clients": len(world.clients),
+        "clients": len(world.facts.clients),
         "train_rows": int(sum(len(s.train) for s in world.clients.values())),
         **world.without_training(),
         "partition": {"clients": world.facts.clients, "labels": world.facts.labels, "counts": world.counts.tolist()},
@@ -204,4 +219,4 @@ def _write_clients(world: World, ledger: Ledger, own: dict[str, float], wide: di
             )
 
 
-__all__ = ["Watch", "draw", "run", "save_personal"]
+__all__ = ["Watch", "conduct", "draw", "run", "save_personal"]

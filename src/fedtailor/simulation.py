@@ -15,6 +15,7 @@ from fedtailor.backbone import sample_inputs
 from fedtailor.config import Experiment
 from fedtailor.core import SERVER, ClientId, Site, seed_of, stream
 from fedtailor.data.examples import Store, Subset
+from fedtailor.data.sources import Source, owned
 from fedtailor.engines.training import Flops
 from fedtailor.equip import Facts, Kit, Model, equip
 from fedtailor.errors import ConfigError, DataError
@@ -22,6 +23,8 @@ from fedtailor.ledger import count_flops
 from fedtailor.losses import language
 from fedtailor.trees import numel, tree_map
 
+OWN = "own"
+"""The name of data that is not here."""
 BASELINES = ("pooled",)  # algorithms that train where the data is pooled: nothing crosses a wire
 
 
@@ -48,7 +51,7 @@ class World(Model):
 
     def without_training(self) -> dict[str, float]:
         """What needs no training: always the commonest training class."""
-        if not self.facts.labels:
+        if not self.facts.labels or not self.counts.sum() or not self.test.rows:
             return {}
         common = int(self.counts.sum(0).argmax())
         label = self.test.fixed["labels"]
@@ -62,8 +65,7 @@ def build(experiment: Experiment) -> World:
     Raises:
         ConfigError, DataError: one line: what, where, nearest valid choice.
     """
-    from fedtailor.data.encode import encode
-    from fedtailor.data.partition import describe, split
+    from fedtailor.data.partition import split
     from fedtailor.data.sources import load as load_source
 
     seed = experiment.seed
@@ -75,13 +77,26 @@ def build(experiment: Experiment) -> World:
             raise ConfigError(
                 f"technique.{name} = {value} does nothing unless the model is trained with dropout: set train.dropout = true"
             )
+    if experiment.data.name == OWN:
+        raise ConfigError(f"data.name '{OWN}' is what the members of a federation bring: use serve and join, or name data")
     source = load_source(experiment.data, seed)
     parts = split(source.train, experiment.clients, seed)
     clients = {safe(c): _split(c, rows, experiment, seed) for c, rows in parts.items()}
     if len(clients) != len(parts):
         raise DataError("client names differ only in characters that a file name cannot hold: rename them")
     pairs, public = "pair" in source.train.column_names, len(source.public) if source.public else 0
-    model = equip(experiment, Facts(source.kind, source.labels, pairs, sorted(clients), public))
+    return furnish(experiment, source, clients, Facts(source.kind, source.labels, pairs, sorted(clients), public))
+
+
+def furnish(experiment: Experiment, source: Source, clients: dict[ClientId, Split], facts: Facts) -> World:
+    """The world of these facts with the data that is here: of all clients in a simulation, of one or of none in a federation.
+
+    Raises: as `build`.
+    """
+    from fedtailor.data.encode import encode
+    from fedtailor.data.partition import describe
+
+    model = equip(experiment, facts)
     model.algorithm.init(model.technique.init)  # an algorithm that this technique does not suit says so now, not after a round
 
     @functools.cache
@@ -95,11 +110,12 @@ def build(experiment: Experiment) -> World:
     first = [next(i for i, other in enumerate(backbones) if other is backbone) for backbone in backbones]
     stores = [encoded(at) for at in first]
     store, test = stores[0].train, stores[0].test
-    labels = np.asarray(source.train["label"]) if source.labels else np.zeros(len(source.train), dtype=int)
+    labels = np.asarray(source.train["label"]) if source.labels and len(source.train) else np.zeros(len(source.train), dtype=int)
     counts = describe({c: s.train for c, s in clients.items()}, labels)
     sites, valid_sites = _sites(model, clients, stores)
-    flops, looks = _counted(model, Kit(model.backbone, model.technique), bool(store.ragged))
-    costs = [_counted(model, kit, bool(store.ragged)) for kit in model.kits]
+    ragged = source.kind != "image"
+    flops, looks = _counted(model, Kit(model.backbone, model.technique), ragged)
+    costs = [_counted(model, kit, ragged) for kit in model.kits]
     kits = tuple(kit._replace(flops=train, looks=look) for kit, (train, look) in zip(model.kits, costs, strict=True))
     return World(
         **{**vars(model), "kits": kits},
@@ -112,6 +128,26 @@ def build(experiment: Experiment) -> World:
         flops=flops,
         looks=looks,
     )
+
+
+def of_member(experiment: Experiment, facts: Facts, client: ClientId) -> World:
+    """The world of one member, who has no data but its own.
+
+    Raises:
+        DataError: its data does not suit the federation: another kind, a column that is not there, a class that nobody else has.
+    """
+    source = owned(experiment.data, facts.kind, facts.labels, facts.pairs, experiment.seed)
+    rows = np.arange(len(source.train))
+    return furnish(experiment, source, {client: _split(client, rows, experiment, experiment.seed)}, facts)
+
+
+def of_server(experiment: Experiment, facts: Facts) -> World:
+    """The world of a server that has no training data; a test set where `data.test` names one.
+
+    Raises: as `build`.
+    """
+    source = owned(experiment.data.model_copy(update={"name": OWN}), facts.kind, facts.labels, facts.pairs, experiment.seed)
+    return furnish(experiment, source, {}, facts)
 
 
 def _counted(model: Model, kit: Kit, ragged: bool) -> tuple[Flops, Flops]:
@@ -147,8 +183,9 @@ def _sites(
 ) -> tuple[Callable[[ClientId, int], Site], Callable[[ClientId, int], Site]]:
     """The model's sites with their data, and the same for validation. Stores: the server's, then one a kit."""
     experiment = model.experiment
-    everything = np.concatenate([clients[c].train for c in sorted(clients)])
-    valid = np.concatenate([clients[c].valid for c in sorted(clients)])
+    none = np.arange(0)
+    everything = np.concatenate([none, *(clients[c].train for c in sorted(clients))])
+    valid = np.concatenate([none, *(clients[c].valid for c in sorted(clients))])
     valid = _sample(valid, experiment.evaluate.valid_limit, seed_of(experiment.seed, "valid"))
     test_rows = np.arange(stores[0].test.rows)
     glance = _sample(test_rows, experiment.evaluate.sample, seed_of(experiment.seed, "sample"))
@@ -186,6 +223,11 @@ def _split(client: ClientId, rows: np.ndarray, experiment: Experiment, seed: int
     test = min(round(experiment.clients.test * len(rows)), len(rows) - 1)
     valid = min(round(experiment.clients.valid * len(rows)), len(rows) - 1 - test)
     return Split(rows[test + valid :], rows[test : test + valid], rows[:test])
+
+
+def rows_of(train: int, valid: int, test: int) -> Split:
+    """So many rows, somewhere else."""
+    return Split(*(np.arange(n) for n in (train, valid, test)))
 
 
 def _sample(rows: np.ndarray, limit: int, seed: int) -> np.ndarray:

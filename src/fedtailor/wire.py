@@ -195,8 +195,11 @@ def check(message: Message, verb: str | None = None, like: Mapping[str, Any] | N
     return message
 
 
-def atomically(path: Path, write_to: Any) -> int:
-    """Write a file through a synced temporary one beside it: a kill at any byte leaves the old file or the new one."""
+def atomically(path: Path, write_to: Any, mode: int = 0o644) -> int:
+    """Write a file through a synced temporary one beside it: a kill at any byte leaves the old file or the new one.
+
+    Until it is whole nobody but its owner can read it, whatever `mode` it gets in the end.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
     os.close(handle)
@@ -206,7 +209,7 @@ def atomically(path: Path, write_to: Any) -> int:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         size = temporary.stat().st_size
-        temporary.chmod(0o644)
+        temporary.chmod(mode)
         temporary.replace(path)
         return size
     finally:

@@ -41,12 +41,14 @@ def flexp(
     penalty: list[float] = [],  # noqa: B006 (never written to)
     weight: float = 1.0,
     least_front: int = 1,
+    delta: float = 0.0,
 ) -> Algorithm:
     """FlexP-style: every client holds its own ends of the model, the server a copy of the middle for each; nobody waits.
 
     `front` = "optimal": each client takes the cut of the least seconds a step + weight * penalty[front] that fits its memory; "memory":
     the largest front that fits. Penalties of fronts 0, 1, ... are what a pilot has measured; the last one holds for longer fronts. Both
     rules give `least_front` layers or more: a front of 0 sends embeddings, from which words can be read off.
+    `delta`: of a row that was sent before, this share of its numbers is sent again, those that have changed most; 0 sends all.
     """
     fronts = [] if isinstance(front, str) else [front] if isinstance(front, int) else list(front)
     backs = [back] if isinstance(back, int) else list(back)
@@ -75,7 +77,7 @@ def flexp(
     def moves(number: int, place: str, name: str) -> bool:
         return train_front or place != "front"
 
-    on = ground(job, "flexp", Rules(cut, moves, settle, ahead=True, cache=1e6 * cache_mb))
+    on = ground(job, "flexp", Rules(cut, moves, settle, ahead=True, cache=1e6 * cache_mb, delta=delta, room=1e6 * cache_mb))
     layers = on.layers
     for at in sorted(given):
         cut_at(layers, *at)

@@ -28,7 +28,15 @@ from fedtailor.trees import weighted_mean
 
 
 def phsfl(
-    job: Job, *, front: int = 1, back: int = 1, edges: int = 1, edge_rounds: int = 1, personal: int = 1, cache_mb: float = 1000.0
+    job: Job,
+    *,
+    front: int = 1,
+    back: int = 1,
+    edges: int = 1,
+    edge_rounds: int = 1,
+    personal: int = 1,
+    cache_mb: float = 1000.0,
+    delta: float = 0.0,
 ) -> Algorithm:
     """PHSFL-style: bodies averaged at edge servers and then centrally under a frozen random head; personal heads at the end."""
     if edges < 1 or edge_rounds < 1:
@@ -45,7 +53,8 @@ def phsfl(
     def start(params: Tree) -> Tree:
         return {name: he(tensor, job.seed, name) if of_head(name) else tensor for name, tensor in params.items()}
 
-    on = ground(job, "phsfl", Rules(lambda site: (front, back), moves, cache=1e6 * cache_mb, start=start))
+    room = 1e6 * cache_mb
+    on = ground(job, "phsfl", Rules(lambda site: (front, back), moves, cache=room, delta=delta, room=room, start=start))
     layers = on.layers
     cuts = dict(zip(("front", "middle", "back"), cut_at(layers, front, back), strict=True))
 

@@ -5,7 +5,7 @@
 
 A front that nothing moves says the same of an example each time, so it is sent once: the server keeps it in the engine's cache and says
 so, and the client names the row from then on. Where the cache is lost the server asks again. Such a row goes through the front alone and
-unpadded, so that its bits do not depend on who shared its batch.
+unpadded, so that its bits do not depend on who shared its batch. With dropout nothing is kept.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedtailor.algorithms import split_deltas
 from fedtailor.algorithms.split_rules import ENDS, MASK, Ground, place_of
 from fedtailor.core import HIDDEN, TARGETS, Back, Flow, Handler, Job, Message, Site, Slope, Step, Through, Tree
 from fedtailor.engines.batches import batches
@@ -26,9 +27,10 @@ from fedtailor.trees import select
 def handlers(on: Ground) -> dict[str, Handler]:
     """The client's handlers, by verb."""
 
-    def through_front(own: Tree, batch: Tree, name: str, back: bool) -> Through:
+    def through_front(own: Tree, site: Site, batch: Tree, at: tuple[int, int], back: bool) -> Through:
         read = {name: x for name, x in batch.items() if name not in TARGETS}
-        return Through(on.cut(*own["cut"])[0], own["front"], read, name, back=back)
+        seed = on.seed(site.seed, site.id, "front", *at)
+        return Through(on.cut(*own["cut"])[0], own["front"], read, name_of(site, *at), back=back, seed=seed)
 
     def go(own: Tree | None, msg: Message, site: Site) -> Flow:
         step, number = int(msg.info["step"]), int(msg.info["pass"])
@@ -39,24 +41,31 @@ def handlers(on: Ground) -> dict[str, Handler]:
         order = order_of(on.job, site, number)
         mine = {**mine, **{end: {**mine[end], **msg.body[end]} for end in ENDS if end in msg.body}}
         if "gradient" in msg.body:
-            before = through_front(mine, batch_of(site, order[step - 1]), name_of(site, number, step - 1), True)
+            before = through_front(mine, site, batch_of(site, order[step - 1]), (number, step - 1), True)
             slopes = yield Back(before, msg.body["gradient"])
             mine = descended(mine, "front", slopes.params, {"pass": number, "step": step - 1, "steps": len(order)})
         inward = bool(on.moving(mine["front"], "front", number))
         info = info_of(site, number, step, len(order), mine["cut"], inward=inward, number=site.number)
         if step >= len(order):
+            if number >= on.job.plan.rounds:  # it was its last pass
+                mine = {name: x for name, x in mine.items() if name not in ("bases", "new")}
             rested = {end: select(mine[end], on.moving(mine[end], end, number)) for end in ENDS}
             return mine, Message("rested", {} if on.rules.ahead else rested, info)
         rows = order[step]
         batch = batch_of(site, rows)
         info |= {"masked": float(MASK in batch)}
         if "kept" not in mine:
-            hidden = yield through_front(mine, batch, name_of(site, number, step), inward)
+            info |= {"again": 1.0} if "again" in msg.info else {}
+            hidden = yield through_front(mine, site, batch, (number, step), inward)
+            if on.rules.delta:
+                each = [h[:length] for h, length in zip(hidden, lengths_of(batch, hidden), strict=True)]
+                bases, body = split_deltas.said(on.rules.delta, mine.get("bases", {}), rows.tolist(), each, "again" in msg.info)
+                return {**mine, "bases": bases, "new": list(body["said"])}, Message("sent", body, info)
             mask = {MASK: batch[MASK].to(torch.uint8)} if MASK in batch else {}
             return mine, Message("sent", {HIDDEN: hidden, **mask}, info)
         info |= {"again": 1.0} if "again" in msg.info else {}
         new = rows if "again" in msg.info else rows[~mine["kept"][torch.from_numpy(rows.copy())].numpy()]
-        asks: list[Step] = [through_front(mine, batch_of(site, row[None]), name_of(site, number, step), False) for row in new]
+        asks: list[Step] = [through_front(mine, site, batch_of(site, row[None]), (number, step), False) for row in new]
         said = yield asks
         body = {"rows": torch.from_numpy(rows.astype(np.int32)), "said": {str(r): h[0] for r, h in zip(new, said, strict=True)}}
         return mine, Message("sent", body, info)
@@ -70,9 +79,12 @@ def handlers(on: Ground) -> dict[str, Handler]:
             kept = mine["kept"].clone()
             kept[torch.from_numpy(rows.copy())] = True
             mine = {**mine, "kept": kept}
+        if "new" in mine and "kept" not in msg.info:  # the server has no room for what it was sent whole
+            mine = {**mine, "bases": {row: h for row, h in mine["bases"].items() if row not in mine["new"]}}
         if MASK in batch and batch[MASK].shape[1] > hidden.shape[1]:  # the head reads no more than this
             batch = {name: x[:, : hidden.shape[1]] if x.dim() == 2 else x for name, x in batch.items()}
-        found = yield Slope(on.job.loss, on.cut(*mine["cut"])[2], mine["back"], {**batch, HIDDEN: hidden})
+        seed = on.seed(site.seed, site.id, "back", number, step)
+        found = yield Slope(on.job.loss, on.cut(*mine["cut"])[2], mine["back"], {**batch, HIDDEN: hidden}, seed=seed)
         mine = descended(mine, "back", found.params, {"pass": number, "step": step, "steps": len(order)})
         info = info_of(site, number, step, len(order), mine["cut"], examples=len(rows))
         body = {"gradient": found.hidden} if "wanted" in msg.info else {}
@@ -118,6 +130,11 @@ def order_of(job: Job, site: Site, number: int) -> list[np.ndarray]:
 def batch_of(site: Site, rows: np.ndarray) -> dict[str, Any]:
     data = site.data["train"]
     return data.batch(rows, int(data.lengths[rows].max()), len(rows))
+
+
+def lengths_of(batch: Tree, hidden: torch.Tensor) -> list[int]:
+    """Hidden states of each row of a batch that are no padding."""
+    return batch[MASK].sum(1).tolist() if MASK in batch else [hidden.shape[1]] * len(hidden)
 
 
 def name_of(site: Site, number: int, step: int) -> str:

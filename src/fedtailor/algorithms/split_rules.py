@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from fedtailor.algorithms.fedavg import one_size
-from fedtailor.core import ClientId, Job, Layers, Message, Part, Site, Tree
+from fedtailor.core import ClientId, Job, Layers, Message, Part, Site, Tree, seed_of
 from fedtailor.cut import cut_at
 from fedtailor.errors import ConfigError
 from fedtailor.optimizers import learning_rate, stepped
@@ -28,6 +28,8 @@ class Rules(NamedTuple):
     lockstep: bool = False  # everybody's step before anybody's next one
     ahead: bool = False  # a client that is done goes on with its next pass; else it waits for the round to end
     cache: float = 1e9  # bytes that the server keeps of what frozen fronts said
+    delta: float = 0.0  # share of its numbers that a row is sent of again where the front trains; 0: all of them
+    room: float = 1e9  # bytes of such rows that the server holds
     start: Callable[[Tree], Tree] = lambda tree: tree  # what everybody makes of the technique's initial tree
 
 
@@ -50,6 +52,10 @@ class Ground(NamedTuple):
         """Names of the tensors of front, middle or back that are trained in this pass."""
         return [name for name in tree if self.rules.moves(number, place, name)]
 
+    def seed(self, root: int, client: ClientId, place: str, number: int, step: int) -> int | None:
+        """Of what front, middle or back of a client drop in a step: the same however often it is made. None without dropout."""
+        return seed_of(root, "dropout", client, number, step, place) if self.job.plan.dropout else None
+
     def rate(self, at: Mapping[str, Any]) -> float:
         """The learning rate of a step: at has pass, step and steps."""
         return learning_rate(self.job.plan.at(int(at["pass"])), int(at["step"]), int(at["steps"]))
@@ -68,19 +74,27 @@ def ground(job: Job, name: str, rules: Rules) -> Ground:
     """The rules on this job.
 
     Raises:
-        ConfigError: its model or technique cannot be cut, clients differ in rank, or there is dropout.
+        ConfigError: its model or technique cannot be cut, clients differ in rank, gradients are to be clipped, or changes would not arrive
+            as they were sent.
     """
     one_size(job, name)
     if job.layers is None:
         raise ConfigError(
             f"algorithm {name} cuts a model by its layers: use a model that has a list of them, and technique lora, prefix, full, ia3 or head"
         )
-    if job.plan.dropout:
-        raise ConfigError(
-            f"algorithm {name} computes parts again where it has to, which dropout would change: set train.dropout = false"
-        )
     if job.plan.clip:
         raise ConfigError(f"algorithm {name}: no side knows the whole gradient that train.clip is about: leave it out")
+    if not 0 <= rules.delta <= 1:
+        raise ConfigError(
+            f"algorithm.delta = {rules.delta:g}: the share of a row's numbers that is sent again, from 0 (off: all) to 1"
+        )
+    if rules.delta and not job.exact_up:
+        raise ConfigError(
+            f"algorithm.delta = {rules.delta:g}: both sides must hold the same rows, which a filter on what goes up would change: "
+            "set algorithm.delta = 0, or leave in filters.up only filters that end in @gradient"
+        )
+    if job.plan.dropout:  # what a frozen front says is something else each time: there is nothing to keep
+        rules = rules._replace(cache=0)
     return Ground(job, job.layers, rules)
 
 

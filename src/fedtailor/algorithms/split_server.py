@@ -2,7 +2,8 @@
 
 The state has `params` (the whole tree as it began, or as it was averaged), `round` (finished rounds), `middles` (whose -> params, moments,
 n), `clients` (how far each is, its cut and number of examples), `under_way` (what went into a middle, until its gradient comes), `drawn` (how
-often each was asked to take part), `busy` (who owes a reply) and `post` (letters to be sent when the next round begins).
+often each was asked to take part), `bases` (whose -> row -> hidden states, where only changes are sent), `busy` (who owes a reply) and
+`post` (letters to be sent when the next round begins).
 """
 
 from __future__ import annotations
@@ -11,31 +12,23 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-import torch
-from torch import Tensor
-
+from fedtailor.algorithms import split_deltas
+from fedtailor.algorithms.split_middle import padded, way
 from fedtailor.algorithms.split_rules import ENDS, EVERYBODY, MASK, Ground, at_of, place_of
 from fedtailor.core import (
     HIDDEN,
     LOST,
     SERVER,
-    Back,
     ClientId,
-    Flow,
-    Keep,
     Layers,
     Letters,
     Message,
-    Recall,
-    Site,
     State,
-    Step,
-    Through,
     Tree,
 )
 from fedtailor.cut import cut_at
 from fedtailor.errors import ConfigError, RunError
-from fedtailor.trees import is_finite, tree_map, weighted_mean
+from fedtailor.trees import is_finite, nbytes, tree_map, weighted_mean
 
 TRIES = 3
 """Times that a client is written to again when letters to it are lost one after the other."""
@@ -53,6 +46,8 @@ class Desk:
     under_way: Tree
     drawn: dict[ClientId, int]  # rounds that each client was asked to take part in
     busy: set[ClientId]
+    bases: Tree  # client -> row -> the hidden states that it has
+    free: float  # bytes that are left for them
     last: dict[ClientId, int] = field(default_factory=dict)  # the pass that a client may not go beyond
     letters: dict[ClientId, Message] = field(default_factory=dict)
     out: dict[ClientId, Message] = field(default_factory=dict)  # the last letter to each client in this round
@@ -96,7 +91,7 @@ def steps(on: Ground, state: State, cohort: list[ClientId], ends: Mapping[Client
     if desk.notes:  # nobody is written to any more: for the user alone
         yield Letters({}, "all", told(desk.notes))
     post = {c: {"verb": m.verb, "body": m.body, "info": dict(m.info)} for c, m in desk.letters.items()}
-    after = {"middles": desk.middles, "clients": desk.clients, "under_way": desk.under_way, "drawn": desk.drawn}
+    after = {name: getattr(desk, name) for name in ("middles", "clients", "under_way", "drawn", "bases")}
     return {**state, **after, "busy": sorted(desk.busy), "post": post}, desk.rested
 
 
@@ -110,7 +105,8 @@ def opened(on: Ground, state: State, cohort: list[ClientId], ends: Mapping[Clien
     drawn = {**state["drawn"], **{c: state["drawn"].get(c, 0) + 1 for c in cohort}}
     # What is under way is gone again alone, in a run that was killed here and in one that was not: it has another name from now on.
     under_way = {c: {**given, "name": f"{given['name']}/{number}"} for c, given in state["under_way"].items()}
-    desk = Desk(number, {**state["middles"]}, {**state["clients"]}, under_way, drawn, set(state["busy"]))
+    desk = Desk(number, {**state["middles"]}, {**state["clients"]}, under_way, drawn, set(state["busy"]), {**state["bases"]}, 0)
+    desk.free = on.rules.room - nbytes(desk.bases)
     desk.letters = {c: Message(m["verb"], m["body"], m["info"]) for c, m in state["post"].items()}
     # A client makes as many passes as rounds in which it is drawn; where all always are, it need not wait for them.
     everybody = on.rules.ahead and len(cohort) == on.job.clients
@@ -143,6 +139,8 @@ def heard(on: Ground, desk: Desk, state: State, came: Mapping[ClientId, Message]
             desk.set_aside(client, problem)
         elif reply.verb == "rested":
             desk.passes += 1
+            if reply.info["pass"] >= on.job.plan.rounds:  # it was its last
+                desk.free += nbytes(desk.bases.pop(client, {}))
             desk.clients[client] = {**known, **at_of(reply), "pass": int(reply.info["pass"]) + 1, "step": 0}
             if reply.info["steps"]:
                 desk.rested[client] = reply.body
@@ -158,7 +156,11 @@ def heard(on: Ground, desk: Desk, state: State, came: Mapping[ClientId, Message]
             desk.count += 1
             name = f"{client}/{desk.number}/{desk.count}/middle"
             again = "again" in reply.info
-            desk.sent[client] = {**reply.body, **at_of(reply), "whose": whose, "name": name, "again": again}
+            given = {**at_of(reply), "whose": whose, "name": name, "again": again}
+            if on.rules.delta and split_deltas.OF in reply.body:
+                changed(desk, client, reply.body, given)
+            else:
+                desk.sent[client] = {**reply.body, **given}
         elif given and place_of(given) == place_of(at_of(reply)):  # else it is of another step
             desk.clients[client] = {**known, "step": given["step"] + 1}
             desk.under_way.pop(client)
@@ -168,6 +170,20 @@ def heard(on: Ground, desk: Desk, state: State, came: Mapping[ClientId, Message]
                 desk.letters[client] = Message("go", {}, place_of(given, 1))
     if sum("unfit" in known for known in desk.clients.values()) == on.job.clients:
         raise RunError(f"no client can take part: {desk.notes[0]}")
+
+
+def changed(desk: Desk, client: ClientId, body: Tree, given: Tree) -> None:
+    """Take up what has changed of a client's rows, or ask again where it is about others than are here."""
+    try:
+        found = split_deltas.received(desk.bases.get(client, {}), body, desk.free)
+    except (KeyError, AttributeError, TypeError, ConfigError) as error:
+        desk.set_aside(client, str(error))
+        return
+    if found is None:
+        desk.letters[client] = Message("go", {}, {**place_of(given), "again": 1.0})
+        return
+    desk.bases, desk.free = {**desk.bases, client: found.bases}, found.free
+    desk.sent[client] = {**given, **padded(list(found.rows.values()), bool(given["masked"])), "kept": found.kept}
 
 
 def tell_again(desk: Desk, client: ClientId, letter: Message | None) -> None:
@@ -194,9 +210,12 @@ def answered(on: Ground, desk: Desk, found: Mapping[str, Any]) -> None:
         elif HIDDEN not in outputs:
             desk.set_aside(client, "it names rows that it has not sent" if "again" in outputs else UNUSABLE)
         else:
-            given = {name: x for name, x in given.items() if name not in (HIDDEN, MASK, "said", "rows", "again")}
+            given = {name: x for name, x in given.items() if name not in (HIDDEN, MASK, "said", "rows", "again", "kept")}
             desk.under_way[client] = {**given, "batch": outputs["batch"], "shape": list(outputs[HIDDEN].shape)}
-            flags = {"wanted": way(on, {**given, "batch": {}}, desk.middles).back, "kept": outputs["kept"]}
+            flags = {
+                "wanted": way(on, client, {**given, "batch": {}}, desk.middles).back,
+                "kept": outputs["kept"] or desk.sent[client].get("kept"),
+            }
             info = {**place_of(given), **{name: 1.0 for name, flag in flags.items() if flag}}
             desk.letters[client] = Message("turn", {HIDDEN: outputs[HIDDEN]}, info)
     together: dict[ClientId, list[ClientId]] = {}
@@ -222,57 +241,6 @@ def answered(on: Ground, desk: Desk, found: Mapping[str, Any]) -> None:
             desk.letters[client] = Message("go", inner, place_of(desk.turned[client], 1))
     if rates:
         desk.middles = on.rules.settle(desk.middles, rates)
-
-
-def middle(on: Ground, own: Tree | None, msg: Message, site: Site) -> Flow:
-    """The server's part for all clients that are ready: outputs for those that sent, gradients for those that turned; of a client whose
-    numbers are not finite there is nothing."""
-    sent, turned, middles = msg.body["sent"], msg.body["turned"], msg.body["middles"]
-    named = {c: [f"{c}/{int(row)}" for row in given["rows"]] for c, given in sent.items() if "rows" in given}
-    recalls: list[Step] = [Recall(names) for names in named.values()]
-    recalled = dict(zip(named, (yield recalls) if recalls else [], strict=True))
-    body: Tree = {}
-    joined: Tree = {}
-    keeps: dict[ClientId, Step] = {}
-    for client, given in sent.items():
-        if client not in named:
-            read = {name: given[name] for name in (HIDDEN, MASK) if name in given}
-            joined[client] = {name: x.long() if name == MASK else x for name, x in read.items()}
-            continue
-        new = {f"{client}/{row}": h for row, h in given["said"].items()}
-        there = {**recalled[client], **new}
-        if all(name in there for name in named[client]):
-            joined[client] = padded([there[name] for name in named[client]], bool(given["masked"]))
-            keeps[client] = Keep(new, on.rules.cache)
-        else:
-            body[client] = {"again": 1}
-    kept = dict(zip(keeps, (yield list(keeps.values())) if keeps else [], strict=True))
-    todo: list[Step] = [way(on, {**sent[client], "batch": batch}, middles) for client, batch in joined.items()]
-    todo += [Back(way(on, given, middles), given["gradient"]) for given in turned.values()]
-    found = yield todo
-    for client, outputs in zip(joined, found, strict=False):
-        if is_finite({"": outputs}):
-            body[client] = {HIDDEN: outputs, "batch": joined[client], "kept": bool(kept.get(client))}
-    for client, slopes in zip(turned, found[len(joined) :], strict=True):
-        inner = {} if slopes.hidden is None else {"gradient": slopes.hidden}
-        if is_finite(slopes.params) and is_finite(inner):
-            body[client] = {"slopes": slopes.params, **inner}
-    return own, Message("passed", body)
-
-
-def way(on: Ground, given: Tree, middles: Tree) -> Through:
-    """A client's batch through its middle."""
-    at, params = on.cut(given["front"], given["back"])[1], middles[given["whose"]]["params"]
-    back = bool(given["inward"]) or bool(on.moving(params, "middle", int(given["pass"])))
-    return Through(at, params, given["batch"], given["name"], bool(given["inward"]), back)
-
-
-def padded(rows: list[Tensor], masked: bool) -> Tree:
-    """Hidden states of single examples, (tokens, width) each, as a batch, with a mask where the model reads one."""
-    hidden = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
-    return {HIDDEN: hidden, **({MASK: mask.long()} if masked else {})}
 
 
 def complaint(layers: Layers, reply: Message, given: Tree | None) -> str:

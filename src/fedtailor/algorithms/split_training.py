@@ -6,7 +6,7 @@
     server  its step on the middle; gradient of h1                    down, if the front trains
     client  its step on the front
 Labels and texts stay at home; the attention mask goes up. split_rules.py says what tells one algorithm from another, split_client.py and
-split_server.py are the two sides.
+split_server.py are the two sides, split_middle.py is what the server computes, split_deltas.py what is sent where only changes are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from fedtailor.algorithms import split_client, split_server
+from fedtailor.algorithms import split_client, split_middle
 from fedtailor.algorithms.split_rules import Ground
 from fedtailor.core import Algorithm, ClientId, Message, State, Talk, Tree, answer_with
 
@@ -37,7 +37,7 @@ def split_algorithm(
 
     def init(params: Tree) -> State:
         check(params)
-        trees: Tree = {name: {} for name in ("middles", "clients", "under_way", "drawn", "post")}
+        trees: Tree = {name: {} for name in ("middles", "clients", "under_way", "drawn", "bases", "post")}
         begun = {"params": on.rules.start(params), "round": 0, "busy": [], **trees}
         return {**begun, **more()}
 
@@ -52,7 +52,7 @@ def split_algorithm(
     return Algorithm(
         init=init,
         round=counted,
-        client={**split_client.handlers(on), "middle": functools.partial(split_server.middle, on), "answer": judged},
+        client={**split_client.handlers(on), "middle": functools.partial(split_middle.middle, on), "answer": judged},
         answer=answer,
         model=model,
         personal=personal,

@@ -22,19 +22,29 @@ from fedtailor.errors import ConfigError
 from fedtailor.trees import lora_pairs, weighted_mean
 
 
-def splitfed(job: Job, *, front: int = 1, back: int = 1, version: Literal["v1", "v2"] = "v1") -> Algorithm:
+def splitfed(
+    job: Job,
+    *,
+    front: int = 1,
+    back: int = 1,
+    version: Literal["v1", "v2"] = "v1",
+    delta: float = 0.0,
+    cache_mb: float = 1000.0,
+) -> Algorithm:
     """SplitFed v1 (a middle a client, averaged) or v2 (one middle, clients one after the other); fronts and backs are averaged."""
-    return _averaged(job, "splitfed", (front, back), shared=version == "v2", in_turn=version == "v2", weighted=True)
+    rules = Rules(lambda site: (front, back), shared=version == "v2", cache=0, delta=delta, room=1e6 * cache_mb)
+    return _averaged(job, "splitfed", (front, back), rules, weighted=True)
 
 
-def splitlora(job: Job, *, front: int = 1, back: int = 1) -> Algorithm:
+def splitlora(job: Job, *, front: int = 1, back: int = 1, delta: float = 0.0, cache_mb: float = 1000.0) -> Algorithm:
     """SplitLoRA: one middle for the batches of all clients together; the clients' factors are averaged after a round."""
-    return _averaged(job, "splitlora", (front, back), shared=True, in_turn=False, weighted=False)
+    rules = Rules(lambda site: (front, back), shared=True, lockstep=True, cache=0, delta=delta, room=1e6 * cache_mb)
+    return _averaged(job, "splitlora", (front, back), rules, weighted=False)
 
 
-def _averaged(job: Job, name: str, cut: tuple[int, int], shared: bool, in_turn: bool, weighted: bool) -> Algorithm:
-    on = ground(job, name, Rules(lambda site: cut, shared=shared, lockstep=shared and not in_turn, cache=0))
-    layers = on.layers
+def _averaged(job: Job, name: str, cut: tuple[int, int], rules: Rules, weighted: bool) -> Algorithm:
+    on, shared = ground(job, name, rules), rules.shared
+    layers, in_turn = on.layers, shared and not rules.lockstep  # one middle, and not for all at a time: from hand to hand
     first, between, last = cut_at(layers, *cut)
 
     def check(params: Tree) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedtailor.data.examples import IGNORED, Store, store
@@ -25,6 +26,9 @@ def encode(rows: Rows, kind: str, processor: Any, max_length: int) -> Store:
     Raises:
         DataError: an image that cannot be decoded.
     """
+    if not len(rows):  # what is elsewhere
+        none = {"input_ids": np.zeros(0, dtype=np.int32)} if kind != "image" else {}
+        return Store(none, np.zeros(1, dtype=np.int64), {"labels": torch.zeros(0, dtype=torch.long)}, dict.fromkeys(none, 0))
     if kind == "image":
         return _images(rows, processor)
     pads = {"input_ids": processor.pad_token_id or 0, "token_type_ids": 0, "labels": IGNORED}

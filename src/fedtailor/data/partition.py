@@ -196,6 +196,8 @@ def _natural(rows: Rows, column: str, count: int) -> dict[str, np.ndarray]:
 def describe(parts: Mapping[str, np.ndarray], labels: np.ndarray) -> np.ndarray:
     """(clients, classes) counts, clients in sorted order, for the picture of the partition."""
     classes = int(labels.max()) + 1 if len(labels) else 1
+    if not parts:
+        return np.zeros((0, classes), dtype=np.int64)
     return np.stack([np.bincount(labels[parts[c]], minlength=classes) for c in sorted(parts)])
 
 

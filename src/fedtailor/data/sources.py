@@ -94,6 +94,33 @@ def load(config: DataSection, seed: int) -> Source:
     return Source(kind, train, test, labels, config.name, public)
 
 
+def owned(config: DataSection, kind: str, labels: list[str], pairs: bool, seed: int) -> Source:
+    """What one member of a federation has, or its server: `load`, but for data whose kind and classes are agreed already. A test set is
+    only what `data.test` names; with the name "own" there are no rows to train on.
+
+    Raises:
+        ConfigError: `data.public` is a share of rows that nobody holds. DataError: as `load`; a label that the federation does not have.
+    """
+    if isinstance(config.public, float):
+        raise ConfigError("data.public: members that bring their own data need a data set that all can read, not a share of one")
+    train, test = Rows({}), Rows({})
+
+    def rows(columns: Columns, part: str) -> Rows:
+        columns = _normalised(config, kind, columns, part)
+        if pairs != ("pair" in columns):
+            raise DataError(f"data '{config.name}': the federation's texts are {'pairs' if pairs else 'no pairs'}: set data.pair")
+        return Rows(_indexed(columns, labels, config.name, part) if kind in ("text", "image") else columns)
+
+    if config.name != "own":
+        splits, _ = _read(config)
+        train = rows(_chosen(splits, config.model_copy(update={"test": None}))[0], "train")
+        train = _limited(train, config.limit, seed, "limit")
+    elif isinstance(config.test, str):
+        test = _limited(rows(table(Path(config.test).expanduser()), "test"), config.test_limit, seed, "test")
+    public = _public(config, kind, train, seed)[1] if config.public is not None else None
+    return Source(kind, train, test, labels, config.name, public)
+
+
 def _public(config: DataSection, kind: str, train: Rows, seed: int) -> tuple[Rows, Rows]:
     """(what is left to train on, the public rows without their labels).
 
@@ -263,13 +290,13 @@ def _labels(values: list[Any], where: str) -> list[str]:
     return sorted(found, key=lambda v: (0, int(v), v) if v.lstrip("-").isdecimal() else (1, 0, v))
 
 
-def _indexed(columns: Columns, labels: list[str], where: str) -> Columns:
+def _indexed(columns: Columns, labels: list[str], where: str, part: str = "test") -> Columns:
     """Labels as class numbers."""
     number = {label: k for k, label in enumerate(labels)}
     for row, value in enumerate(columns["label"], 1):
         if _class(value) not in number:
             hint = nearest(_class(value), labels)
-            raise DataError(f"data '{where}', test row {row}: label '{value}' is not among the training labels: {hint}")
+            raise DataError(f"data '{where}', {part} row {row}: label '{value}' is not among the training labels: {hint}")
     return {**columns, "label": [number[_class(v)] for v in columns["label"]]}
 
 

@@ -67,6 +67,8 @@ def _name(client: ClientId, message: Message) -> tuple[Any, ...]:
 class Local:
     """Holds conversations. What it carries from round to round (clock, replies under way) is `dump`ed into checkpoints."""
 
+    own_states_here = True
+
     def __init__(
         self,
         algorithm: Algorithm,

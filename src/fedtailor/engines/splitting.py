@@ -7,6 +7,7 @@
     client  back(front), its step
 What going back needs is `Kept`: a graph in memory, a cache, never a part of any state. Where it is gone, `through` makes it again.
 With `torch.vmap(forward)` in the place of the forward, all of this is of many clients at once, each tree and tensor with a leading axis.
+Dropout is replayed: a step that has a seed draws its masks from it each time it is made, alone, whatever was drawn before.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ def _slopes(outputs: Tensor, params: Tree, hidden: Tensor | None, gradient: Tens
 
 KEPT = 256
 """Ways that are remembered for going back; for others the way is gone again."""
+DRAWING = threading.Lock()
+"""Who draws masks holds it: torch's random state is one for all threads."""
 Run = Callable[[Callable[[Any], Any], list[Any]], list[Any]]
 Costs = Callable[[Part, bool], tuple[Flops, Flops]]
 """(part, inward) -> what going through it costs, and going through and back: (rows, width) -> operations."""
@@ -83,11 +86,12 @@ class Steps:
     """Answers steps of cut models, alike ones of many clients in one call, and keeps what going back needs."""
 
     def __init__(
-        self, bind: Callable[[Part], Forward], device: str = "cpu", costs: Costs = lambda part, inward: (no_flops, no_flops)
+        self, bind: Callable[[Part, bool], Forward], device: str = "cpu", costs: Costs = lambda part, inward: (no_flops, no_flops)
     ) -> None:
+        """`bind` makes a forward of a part, with the model's own dropout on or off."""
         self._bind, self.device, self._costs = bind, device, costs
         self._known: dict[tuple[Part, bool], tuple[Flops, Flops]] = {}
-        self._forwards: dict[Part, queue.SimpleQueue[Forward]] = {}
+        self._forwards: dict[tuple[Part, bool], queue.SimpleQueue[Forward]] = {}
         self._lock = threading.Lock()
         self._kept: dict[str, tuple[Kept, int | None]] = {}  # by the name of a Through: with its place among those done together
         self.cache = Cache()
@@ -131,20 +135,23 @@ class Steps:
         return self._slope(group) if isinstance(group[0], Slope) else self._back(group)
 
     @contextmanager
-    def _forward(self, part: Part) -> Iterator[Forward]:
-        """A forward of this part that nobody else uses meanwhile: a call puts tensors into its modules."""
+    def _forward(self, part: Part, seed: int | None) -> Iterator[Forward]:
+        """A forward of this part that nobody else uses meanwhile: a call puts tensors into its modules. What is drawn in it comes from
+        the seed."""
+        way = part, seed is not None
         with self._lock:
-            free = self._forwards.setdefault(part, queue.SimpleQueue())
-            forward = self._bind(part) if free.empty() else free.get()
+            free = self._forwards.setdefault(way, queue.SimpleQueue())
+            forward = self._bind(*way) if free.empty() else free.get()
         try:
-            yield forward
+            with drawn_from(seed, self.device):
+                yield forward
         finally:
             free.put(forward)
 
     def _through(self, group: list[Through]) -> list[Tensor]:
         many = len(group) > 1
         params, batch = _joined([t.params for t in group], self.device), _joined([dict(t.batch) for t in group], self.device)
-        with self._forward(group[0].part) as forward:
+        with self._forward(group[0].part, group[0].seed) as forward:
             outputs, kept = through(vmap(forward) if many else forward, params, batch, group[0].inward)
         with self._lock:
             if kept.outputs.requires_grad:  # nobody comes back through what is frozen
@@ -157,7 +164,7 @@ class Steps:
     def _past(self, ask: Through) -> Tensor:
         """Through, and never back."""
         params, batch = _joined([ask.params], self.device), _joined([dict(ask.batch)], self.device)
-        with self._forward(ask.part) as forward:
+        with self._forward(ask.part, ask.seed) as forward:
             return plain(forward(params, batch))
 
     def _back(self, group: list[Back]) -> list[Slopes]:
@@ -176,7 +183,7 @@ class Steps:
         out = []
         for ask in group:
             params, batch = _joined([ask.of.params], self.device), _joined([dict(ask.of.batch)], self.device)
-            with self._forward(ask.of.part) as forward:
+            with self._forward(ask.of.part, ask.of.seed) as forward:
                 _, kept = through(forward, params, batch, ask.of.inward)
             out += _apart(*back(kept, placed(ask.gradient, self.device)), None, 1, False)
         return out
@@ -186,7 +193,7 @@ class Steps:
         first = group[0]
         parts = (_joined([dict(getattr(s, name)) for s in group], self.device) for name in ("params", "batch", "aux"))
         params, batch, aux = parts
-        with self._forward(first.part) as forward:
+        with self._forward(first.part, first.seed) as forward:
             value, slopes, hidden = slope(_each(first.loss) if many else first.loss, forward, params, batch, aux)
         return _apart(slopes, hidden, value, len(group), many)
 
@@ -201,6 +208,17 @@ def _each(loss: Loss) -> Loss:
     return losses
 
 
+@contextmanager
+def drawn_from(seed: int | None, device: str) -> Iterator[None]:
+    """What is drawn inside comes from this seed; the random state is afterwards what it was before. None: nothing is drawn."""
+    if seed is None:
+        yield
+        return
+    with DRAWING, torch.random.fork_rng([] if device == "cpu" else [torch.device(device)]):
+        torch.manual_seed(seed)
+        yield
+
+
 def plain(tensor: Tensor) -> Tensor:
     """As it comes out of a message."""
     return tensor.cpu().contiguous()
@@ -212,8 +230,11 @@ def placed(tensor: Tensor, device: str) -> Tensor:
 
 
 def _stacks(step: Step) -> bool:
-    """What nobody comes back through may be asked for again in other company, and must then be the same bits."""
-    return not isinstance(step, Keep | Recall) and (not isinstance(step, Through) or step.back)
+    """What nobody comes back through may be asked for again in other company, and must then be the same bits; so must masks, which a
+    stack would draw for all its clients from one stream."""
+    if isinstance(step, Keep | Recall) or (isinstance(step, Through) and not step.back):
+        return False
+    return (step.of if isinstance(step, Back) else step).seed is None
 
 
 def _kind(step: Any) -> Any:

@@ -23,6 +23,7 @@ class States:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.own: dict[ClientId, str] = {}
+        self.elsewhere: dict[ClientId, str] = {}  # digests of own states that lie with their owners
         self.digests: dict[str, str] = {}
         self._count = 0
         self._named: set[str] = set()  # by the last checkpoint
@@ -48,6 +49,7 @@ class States:
             "server": self._write("server", server),
             "engine": self._write("engine", engine),
             "own": self.own,
+            "elsewhere": self.elsewhere,
             "ledger": ledger,
             "count": self._count,
         }
@@ -82,6 +84,7 @@ class States:
         if not intact:
             raise RunError(f"{path}: corrupt checkpoint (its sum does not match): start afresh with another --out")
         self.own, self.digests, self._count = manifest["own"], manifest["digests"], manifest["count"]
+        self.elsewhere = manifest.get("elsewhere", {})
         self._named = {manifest["server"], manifest["engine"], *self.own.values()}
         self._sweep(self._named)
         server, engine = self._read(manifest["server"]).body, self._read(manifest["engine"]).body
@@ -92,8 +95,9 @@ class States:
     def hash(self, server: Tree) -> str:
         """sha256 over the server state and every client's own state: equal runs have equal ones."""
         digest = hashlib.sha256(wire.encode(Message("state", server)))
-        for client in sorted(self.own):
-            digest.update(client.encode() + bytes.fromhex(self.digests[self.own[client]]))
+        own = {client: self.digests[name] for client, name in self.own.items()} | self.elsewhere
+        for client in sorted(own):
+            digest.update(client.encode() + bytes.fromhex(own[client]))
         return digest.hexdigest()
 
     def _write(self, stem: str, tree: Tree) -> str:

@@ -1,0 +1,59 @@
+"""What a server and its members must have in common before the first round, and how a difference is told."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedtailor import __version__
+from fedtailor.equip import Facts, Model
+from fedtailor.federation.frames import Header
+
+WORDS = {
+    "version": "its version of fedtailor",
+    "backbone": "its backbone (the weights)",
+    "tokenizer": "its tokenizer",
+    "labels": "its list of labels",
+}
+
+
+def agreement(model: Model, facts: Facts) -> dict[str, str]:
+    """What is compared, short: versions and digests."""
+    labels = hashlib.sha256("\x1f".join(facts.labels).encode()).hexdigest()
+    return {
+        "version": __version__,
+        "backbone": weights(model.backbone.model),
+        "tokenizer": tokens(model.backbone.processor),
+        "labels": labels,
+    }
+
+
+def difference(ours: Mapping[str, str], theirs: Header) -> str:
+    """What is not the same, in words; "" if everything is."""
+    for name, what in WORDS.items():
+        if theirs.get(name) != ours[name]:
+            told = f" ({theirs.get(name)!s:.20} there, {ours[name]} here)" if name == "version" else ""
+            return f"{what} differs from the server's{told}"
+    return ""
+
+
+def weights(model: nn.Module) -> str:
+    """sha256 of the tensors by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def tokens(processor: Any) -> str:
+    """sha256 of what turns texts into tokens, or of an image processor's settings."""
+    inner = getattr(processor, "backend_tokenizer", None)
+    text = inner.to_str() if inner is not None else processor.to_json_string() if hasattr(processor, "to_json_string") else ""
+    if not text:
+        text = "\n".join(f"{k} {v}" for k, v in sorted(processor.get_vocab().items(), key=lambda item: item[1]))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,153 @@
+"""A line between a member and the server, the same at both ends. Connections come and go; what was not acknowledged goes again, from
+the byte that the other side has; what was received once takes effect once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from fedtailor.federation.frames import Arriving, Frame, Header, LineError, Parcel, frames, pack, unpack
+
+Read = Callable[[], Awaitable[bytes | None]]  # None: the other side has hung up
+Write = Callable[[bytes], Awaitable[None]]
+REMEMBERED = 64
+"""Parcels whose ids are remembered, so that one that comes again is only acknowledged."""
+
+
+class Line:
+    """What is to be sent and what has been received, across connections."""
+
+    def __init__(
+        self,
+        folder: Path,
+        limit: int,
+        received: Callable[[Parcel], None],
+        awaited: Callable[[Header], bool] = lambda header: True,
+        told: Callable[[Header], None] = lambda header: None,
+    ) -> None:
+        """`awaited` says whether a parcel that is announced is one that this side asked for; `told` takes frames of other kinds."""
+        self._folder, self._limit = folder, limit
+        self._received, self._awaited, self._told = received, awaited, told
+        self._outbox: OrderedDict[str, Parcel] = OrderedDict()
+        self._small: list[Header] = []
+        self._arriving: Arriving | None = None
+        self._seen: OrderedDict[str, None] = OrderedDict()
+        self._wake: asyncio.Event | None = None
+        self._connection = 0
+        self.bytes_in = self.bytes_out = 0  # of frames: what parcels take with their headers
+
+    def send(self, parcel: Parcel) -> None:
+        """Send it, now or when there is a connection, until it is acknowledged."""
+        self._outbox[parcel.id] = parcel
+        self._nudge()
+
+    def tell(self, header: Header) -> None:
+        """A small frame, lost where the connection is."""
+        self._small.append(header)
+        self._nudge()
+
+    def drop(self, id: str) -> None:
+        """Nobody waits for this parcel any more."""
+        self._outbox.pop(id, None)
+
+    def reset(self) -> None:
+        """The other side has begun anew: what was half sent or half received is nothing."""
+        if self._arriving:
+            self._arriving.drop()
+        self._arriving = None
+        self._seen.clear()
+        self._outbox.clear()
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything has been sent, and parcels acknowledged."""
+        return not self._outbox and not self._small
+
+    def held(self) -> dict[str, int]:
+        """What the other side may go on with: {id: bytes that are here}."""
+        return {self._arriving.id: self._arriving.held} if self._arriving else {}
+
+    async def run(self, read: Read, write: Write, held: Any) -> None:
+        """Speak over a connection until it ends; `held` is what the other side has of parcels that it has not acknowledged.
+
+        Raises:
+            LineError: the other side does not keep to the protocol.
+        """
+        self._connection += 1
+        self._wake = asyncio.Event()
+        self._small.clear()
+        offsets = {k: v for k, v in held.items() if type(v) is int and v >= 0} if isinstance(held, dict) else {}
+        sending = asyncio.create_task(self._send(write, offsets, self._connection))
+        try:
+            while (frame := await read()) is not None:
+                self.bytes_in += len(frame)
+                self._take(unpack(frame))
+        finally:
+            sending.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await sending
+
+    async def _send(self, write: Write, offsets: dict[str, int], connection: int) -> None:
+        sent: set[str] = set()
+        wake = self._wake
+        assert wake
+        while connection == self._connection:
+            wake.clear()
+            while self._small:
+                await self._write(write, pack(self._small.pop(0)))
+            parcel = next((p for i, p in self._outbox.items() if i not in sent), None)
+            if parcel is None:
+                sent &= self._outbox.keys()
+                await wake.wait()
+                continue
+            sent.add(parcel.id)
+            for frame in frames(parcel, min(offsets.pop(parcel.id, 0), parcel.size)):
+                if parcel.id not in self._outbox:
+                    break
+                await self._write(write, frame)
+
+    async def _write(self, write: Write, frame: bytes) -> None:
+        await write(frame)
+        self.bytes_out += len(frame)
+
+    def _take(self, frame: Frame) -> None:
+        kind = frame.header["is"]
+        if kind == "got":
+            self.drop(str(frame.header.get("id")))
+        elif kind == "part":
+            self._part(frame)
+        else:
+            self._told(frame.header)
+
+    def _part(self, frame: Frame) -> None:
+        id = frame.header.get("id")
+        if not isinstance(id, str):
+            raise LineError("part of a parcel without a name refused")
+        if id in self._seen:  # it has come before: say so again, and pass over what follows
+            if "size" in frame.header:
+                self.tell({"is": "got", "id": id})
+            return
+        begins = "size" in frame.header and (self._arriving is None or self._arriving.held != frame.header.get("at"))
+        if self._arriving is None or self._arriving.id != id or begins:
+            if not self._awaited(frame.header):
+                raise LineError(f"parcel '{id:.60}' refused: nobody asked for it")
+            if self._arriving:
+                self._arriving.drop()
+            self._arriving = None
+            self._arriving = Arriving(frame.header, self._folder, self._limit)
+        if not self._arriving.add(frame.header, frame.payload):
+            return
+        whole, self._arriving = self._arriving.parcel(), None
+        self._seen[id] = None
+        while len(self._seen) > REMEMBERED:
+            self._seen.popitem(last=False)
+        self.tell({"is": "got", "id": id})
+        self._received(whole)
+
+    def _nudge(self) -> None:
+        if self._wake:
+            self._wake.set()

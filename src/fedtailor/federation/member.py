@@ -1,0 +1,248 @@
+"""A member of a federation: it has its own data, its own installed code and its own limits; from the server it takes messages and an
+experiment's values, and nothing that is executed."""
+
+from __future__ import annotations
+
+import json
+import queue
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedtailor import wire
+from fedtailor.config import Experiment, parse
+from fedtailor.core import ClientId, Message
+from fedtailor.engines.clients import Clients, Place
+from fedtailor.equip import Facts
+from fedtailor.errors import ConfigError, FedtailorError, RunError, nearest
+from fedtailor.evaluation import workers
+from fedtailor.federation.agreement import agreement
+from fedtailor.federation.dial import Dial
+from fedtailor.federation.frames import Parcel
+from fedtailor.federation.remote import EXPERIMENT, FINISH, LETTER, READY, VALID
+from fedtailor.federation.shelf import Shelf
+from fedtailor.filters import chain
+from fedtailor.simulation import OWN, World, build, of_member
+
+
+class Limits(NamedTuple):
+    """What this member lets itself be asked for, whatever the experiment says. Zero: no limit."""
+
+    verbs: frozenset[str] = frozenset()  # empty: all that the algorithm has
+    bytes: float = 0.0  # down and up together, a round
+    epochs: float = 0.0  # passes over its own rows, a round
+    memory: int = wire.MAX_BYTES  # bytes of one message
+
+
+class Own(NamedTuple):
+    """What this member has in the place of what the experiment names; "" is the experiment's own."""
+
+    data: str = ""
+    text: str = ""
+    pair: tuple[str, str] | None = None
+    label: str = ""
+    model: str = ""  # folder of the backbone here
+    public: str = ""  # public examples
+    device: str = ""
+    simulate: bool = False  # take this member's part of the experiment's own data, which is on this machine too
+
+
+class Member:
+    """One attached member: builds what the experiment describes, answers letters until the server says that it is over."""
+
+    def __init__(
+        self,
+        name: ClientId,
+        dial: Dial,
+        home: Path,
+        own: Own,
+        limits: Limits,
+        notice: Callable[[str], None] = lambda line: None,
+        round: Callable[[int, int, str], None] = lambda number, rounds, verb: None,
+    ) -> None:
+        self.name, self.dial, self.home, self.own, self.limits = name, dial, home, own, limits
+        self.notice, self.progress = notice, round
+        self.shelf = Shelf(home / "state")
+        self.world: World | None = None
+        self._agreed: dict[str, Any] = {}
+        self._told = b""  # the experiment as it came
+        self._clients: Clients | None = None
+        self._round, self._bytes, self._passes = 0, 0.0, 0.0
+
+    def serve(self) -> dict[str, Any]:
+        """Take part until the end; returns what the server says of it.
+
+        Raises:
+            RunError: the server refuses this member, or does not keep to the protocol. ConfigError, DataError: what this member has does
+                not suit the experiment (the server is told too).
+        """
+        while True:
+            try:
+                parcel = self.dial.inbox.get(timeout=1.0)  # with a timeout, so that Ctrl-C is heard
+            except queue.Empty:
+                continue
+            if isinstance(parcel, RunError):
+                raise parcel
+            kind = parcel.note.get("is")
+            if kind == EXPERIMENT:
+                self._begin(parcel)
+            elif kind == LETTER:
+                self._letter(parcel)
+            elif kind == FINISH:
+                return self._finish(parcel)
+
+    # The experiment
+
+    def _begin(self, parcel: Parcel) -> None:
+        blob = content(parcel)
+        try:
+            if self.world is None or blob != self._told:
+                self.world = self._built(blob)
+                self._told = blob
+                experiment = self.world.experiment
+                rows = self.world.clients[self.name]
+                sizes = {"train": len(rows.train), "valid": len(rows.valid), "test": len(rows.test)}
+                self._agreed = {**agreement(self.world, self.world.facts), **sizes}
+                pool = workers(self.world, self.world.flops, self.world.looks)
+                up = chain(experiment.filters.up)
+                self._clients = Clients(self.world.algorithm, pool, self.shelf, up, experiment.seed, False, self.notice)
+        except FedtailorError as error:
+            self.dial.send(Parcel(parcel.id, {"is": READY, "why": str(error)[:500]}, b""))
+            self.dial.drain(5.0)
+            raise
+        self.dial.send(Parcel(parcel.id, {"is": READY, **self._agreed}, b""))
+
+    def _built(self, blob: bytes) -> World:
+        """Raises:
+        ConfigError: the experiment asks for more than this member allows, or has no place for it. DataError: its own data.
+        """
+        try:
+            told = json.loads(blob)
+            facts, values = Facts(**told["facts"]), told["experiment"]
+            experiment = parse(values, where="the server's experiment")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunError(f"the server's experiment cannot be read: {error}") from error
+        if self.name not in facts.clients:
+            raise ConfigError(f"'{self.name}' is not among the members of this run: {nearest(self.name, facts.clients)}")
+        if ":" in experiment.algorithm.kind:
+            raise ConfigError(f"the server asks for algorithm '{experiment.algorithm.kind}': code of others is not run here")
+        if self.own.simulate:
+            if experiment.data.name == OWN:
+                raise ConfigError(
+                    "--simulate: the experiment names no data of which this member could take its part: use --data PATH"
+                )
+            world = build(experiment)
+        else:
+            world = of_member(self._with_own(experiment), facts, self.name)
+        rows, train = max(1, len(world.clients[self.name].train)), experiment.train
+        passes = train.steps * train.batch / rows if train.steps else train.epochs
+        if self.limits.epochs and passes > self.limits.epochs:
+            raise ConfigError(
+                f"the server asks for {passes:g} passes a round, allowed here are {self.limits.epochs:g} (--epochs)"
+            )
+        return world
+
+    def _with_own(self, experiment: Experiment) -> Experiment:
+        """What the server's experiment calls by a path would be a file of this machine: only this member says which."""
+        own, data, model, engine = self.own, experiment.data, experiment.model, experiment.engine
+        if not own.data:
+            raise ConfigError("name your data with --data PATH (or --simulate, where this machine has the experiment's own)")
+        columns = {"text": own.text or data.text, "pair": own.pair or data.pair, "label": own.label or data.label}
+        data = data.model_copy(update={"name": own.data, "subset": None, "test": None, "limit": None, **columns})
+        if data.public is not None:
+            if not own.public:
+                raise ConfigError(f"the experiment uses public examples ('{data.public}'): name them here with --public PATH")
+            data = data.model_copy(update={"public": own.public})
+        named = [model, *(kind.model for kind in experiment.clients.kinds if kind.model)]
+        if any(Path(m.name).is_absolute() or m.name.startswith((".", "~")) for m in named) and not own.model:
+            raise ConfigError("the experiment's model is a folder on the server: name your copy of it with --model FOLDER")
+        if own.model:
+            model = model.model_copy(update={"name": own.model, "revision": None})
+        if own.device:
+            engine = engine.model_copy(update={"device": own.device})
+        return experiment.model_copy(update={"data": data, "model": model, "engine": engine})
+
+    # Letters
+
+    def _letter(self, parcel: Parcel) -> None:
+        done = self.shelf.replied(parcel.id)
+        if done:
+            self.dial.send(Parcel(parcel.id, *done))
+            return
+        try:
+            at = Place(int(parcel.note["round"]), int(parcel.note["step"]))
+            view, own, kept = (str(parcel.note[name]) for name in ("view", "own", "kept"))
+            message = self._opened(parcel, view)
+            self._allowed(message, at.round, parcel.size, view)
+            self.shelf.begin(own, kept)
+            note, reply = self._answer(message, at, view)
+        except (FedtailorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            why = " ".join(str(error).split())[:500] or type(error).__name__
+            self.notice(f"a letter of the server is refused: {why}")
+            self.dial.send(Parcel(parcel.id, {"is": LETTER, "why": why}, b""))
+            return
+        finally:
+            if isinstance(parcel.content, Path):
+                parcel.content.unlink(missing_ok=True)
+        content = wire.encode(reply) if view else self.shelf.reply(parcel.id, note, reply)
+        self._bytes += len(content) if isinstance(content, bytes) else content.stat().st_size
+        self.dial.send(Parcel(parcel.id, note, content))
+
+    def _opened(self, parcel: Parcel, view: str) -> Message:
+        if self.world is None:
+            raise RunError("a letter came before the experiment")
+        limit = self.limits.memory
+        found = (
+            wire.decode(parcel.content, limit)
+            if isinstance(parcel.content, bytes)
+            else wire.read(parcel.content, max_bytes=limit)
+        )
+        return found if view else chain(self.world.experiment.filters.down).undo(found)
+
+    def _allowed(self, message: Message, round: int, size: int, view: str) -> None:
+        assert self.world
+        limits = self.limits
+        if round != self._round:
+            self._round, self._bytes, self._passes = round, 0.0, 0.0
+        self._bytes += size
+        if message.verb not in self.world.algorithm.client:
+            raise RunError(f"verb '{message.verb}' is none of algorithm {self.world.experiment.algorithm.kind}")
+        if limits.verbs and message.verb not in limits.verbs:
+            raise RunError(f"verb '{message.verb}' is not allowed here (--verbs {','.join(sorted(limits.verbs))})")
+        if limits.bytes and self._bytes > limits.bytes:
+            raise RunError(f"{self._bytes / 1e6:.1f} MB in round {round}: allowed here are {limits.bytes / 1e6:g} (--mb-a-round)")
+        rows = max(1, len(self.world.clients[self.name].train))
+        if limits.epochs and not view and self._passes / rows >= limits.epochs:
+            raise RunError(f"{self._passes / rows:.1f} passes in round {round}: allowed here are {limits.epochs:g} (--epochs)")
+
+    def _answer(self, message: Message, at: Place, view: str) -> tuple[dict[str, Any], Message]:
+        assert self.world
+        assert self._clients
+        self.progress(at.round, self.world.experiment.rounds, message.verb)
+        sites = self.world.valid_sites if view == VALID else self.world.sites
+        (done,) = self._clients.work({self.name: message}, at, sites, bool(view))
+        if done.reply is None:
+            raise RunError(done.why)
+        self._passes += done.examples
+        note = {"is": LETTER, "flops": done.flops, "examples": done.examples, "own": self.shelf.now}
+        return note, done.reply
+
+    # The end
+
+    def _finish(self, parcel: Parcel) -> dict[str, Any]:
+        """Keep the model that came of it: the member's personal one where the algorithm has such, else everybody's."""
+        assert self.world
+        own, model = str(parcel.note.get("own", "")), self.world.algorithm
+        body = wire.decode(content(parcel)).body
+        self.shelf.begin(own, "")
+        tree = body["broadcast"]
+        if model.personal:
+            site = self.world.sites(self.name, 0)
+            tree = model.personal(self.shelf.read_own(self.name).get("algorithm"), tree, site)
+        self.world.kit(self.name).technique.save(tree, self.home / "adapter")
+        self.dial.drain(5.0)
+        return {"name": self.name, "rounds": self.world.experiment.rounds, "adapter": str(self.home / "adapter"), **body["told"]}
+
+
+def content(parcel: Parcel) -> bytes:
+    return parcel.content if isinstance(parcel.content, bytes) else parcel.content.read_bytes()

@@ -1,0 +1,258 @@
+"""The server's end of all lines: members attach over one port and stay; the conversation sends them letters and is told what comes.
+
+The network has a thread of its own, in which everything here runs but what says "from any thread"."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import queue
+import secrets
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grpc
+
+from fedtailor.core import ClientId
+from fedtailor.errors import RunError
+from fedtailor.federation.frames import MAX_FRAME, Header, LineError, Parcel, pack, unpack
+from fedtailor.federation.line import Line
+
+SERVICE = "fedtailor.Federation"
+NAME = "fedtailor-name"  # metadata: who one says one is, where there are no certificates
+HELLO = 30.0
+"""Seconds in which a connection must have said who it is: others cost nothing for long."""
+OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_FRAME),
+    ("grpc.max_send_message_length", MAX_FRAME),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.so_reuseport", 0),
+]
+
+
+class Keys:
+    """Who may come in: certificates of an authority, or, where `--insecure` was typed, whoever says a name."""
+
+    def __init__(
+        self,
+        credentials: grpc.ServerCredentials | None = None,
+        admit: Callable[[bytes], ClientId] | None = None,
+        enrol: Callable[[bytes, bytes], bytes] | None = None,
+        look: Callable[[bytes], str] | None = None,
+    ) -> None:
+        """Each is given a peer's certificate (PEM): whether it may attach, be enrolled, or ask for the status."""
+        self.credentials, self.admit, self.enrol, self.look = credentials, admit, enrol, look
+
+
+class Event(NamedTuple):
+    """What the conversation is told."""
+
+    kind: str  # attached | detached | parcel | said
+    member: ClientId
+    parcel: Parcel | None = None
+    header: Header = {}
+
+
+class Attached(NamedTuple):
+    """A member as the post sees it."""
+
+    line: Line
+    since: float | None  # seconds (monotonic) when it attached; None: it is away
+    left: float  # when it was last cut off
+
+
+class Post:
+    """Attach members, carry parcels, answer who asks how it goes."""
+
+    def __init__(
+        self,
+        address: str,
+        folder: Path,
+        limit: int,
+        keys: Keys,
+        status: Callable[[], Mapping[str, Any]] = dict,
+    ) -> None:
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.members: dict[ClientId, Attached] = {}
+        self.port, self.session = 0, secrets.token_hex(8)
+        self._address, self._folder, self._limit = address, folder, limit
+        self._keys, self._status = keys, status
+        self._awaited: dict[ClientId, str] = {}  # the id of the reply that a member owes
+        self._calls: dict[ClientId, tuple[int, Any]] = {}
+        self._count = 0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="post", daemon=True)
+        self._server: Any = None
+
+    # From any thread
+
+    def open(self) -> None:
+        """Listen.
+
+        Raises:
+            RunError: the port is taken, or the address is no address of this machine.
+        """
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
+
+    def send(self, member: ClientId, parcel: Parcel, reply: bool = True) -> None:
+        """Send it until it is acknowledged; with `reply`, one parcel of the same id is awaited in return."""
+        self._soon(self._post, member, parcel, reply)
+
+    def recall(self, member: ClientId, id: str) -> None:
+        """Nobody waits for the reply to this letter any more."""
+        self._soon(self._recall, member, id)
+
+    def tell(self, member: ClientId, header: Header) -> None:
+        self._soon(lambda: self.members[member].line.tell(header) if member in self.members else None)
+
+    def close(self, grace: float = 5.0) -> None:
+        if self._thread.is_alive():
+            with contextlib.suppress(Exception):
+                asyncio.run_coroutine_threadsafe(self._close(grace), self._loop).result(grace + 5)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(5)
+
+    def attached(self, member: ClientId) -> bool:
+        known = self.members.get(member)
+        return known is not None and known.since is not None
+
+    # In the network's thread
+
+    def _soon(self, work: Callable[..., Any], *args: Any) -> None:
+        self._loop.call_soon_threadsafe(work, *args)
+
+    def _line(self, member: ClientId) -> Line:
+        if member not in self.members:
+
+            def received(parcel: Parcel) -> None:
+                if self._awaited.get(member) == parcel.id:
+                    del self._awaited[member]
+                    self.events.put(Event("parcel", member, parcel))
+
+            line = Line(
+                self._folder,
+                self._limit,
+                received,
+                lambda header: header.get("id") == self._awaited.get(member),
+                lambda header: self.events.put(Event("said", member, None, header)),
+            )
+            self.members[member] = Attached(line, None, time.monotonic())
+        return self.members[member].line
+
+    def _post(self, member: ClientId, parcel: Parcel, reply: bool) -> None:
+        if reply:
+            self._awaited[member] = parcel.id
+        self._line(member).send(parcel)
+
+    def _recall(self, member: ClientId, id: str) -> None:
+        if self._awaited.get(member) == id:
+            del self._awaited[member]
+        self._line(member).drop(id)
+
+    async def _open(self) -> None:
+        self._server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=4096)
+        raw = {"request_deserializer": None, "response_serializer": None}
+        handlers = {
+            "Attach": grpc.stream_stream_rpc_method_handler(self._attach, **raw),
+            "Enrol": grpc.unary_unary_rpc_method_handler(self._enrolled, **raw),
+            "Status": grpc.unary_unary_rpc_method_handler(self._told, **raw),
+        }
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        try:
+            if self._keys.credentials:
+                self.port = self._server.add_secure_port(self._address, self._keys.credentials)
+            else:
+                self.port = self._server.add_insecure_port(self._address)
+        except RuntimeError as error:
+            raise RunError(f"cannot listen on {self._address}: the port is taken, or it is no address of this machine") from error
+        if not self.port:
+            raise RunError(f"cannot listen on {self._address}: the port is taken, or it is no address of this machine")
+        await self._server.start()
+
+    async def _close(self, grace: float) -> None:
+        if self._server:
+            await self._server.stop(grace)
+
+    def _peer(self, context: Any, admit: Callable[[bytes], ClientId] | None) -> ClientId:
+        """Raises:
+        RunError: no certificate that is admitted.
+        """
+        if admit is None:
+            name = dict(context.invocation_metadata() or ()).get(NAME, "")
+            if not name:
+                raise RunError("it did not say who it is")
+            return str(name)
+        found = context.auth_context().get("x509_pem_cert", [])
+        if not found:
+            raise RunError("it showed no certificate")
+        return admit(found[0])
+
+    async def _attach(self, requests: AsyncIterator[bytes], context: Any) -> None:
+        try:
+            member = self._peer(context, self._keys.admit)
+        except RunError as error:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
+            return
+        try:
+            hello = unpack(await asyncio.wait_for(context.read(), HELLO)).header
+            if hello["is"] != "hello":
+                raise LineError("the first frame should say hello")
+        except (TimeoutError, LineError, TypeError) as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error) or "no hello in time")
+            return
+        line = self._line(member)
+        self._count += 1
+        mine = self._count
+        if member in self._calls:  # a connection that this side does not know to be dead: the newer one counts
+            self._calls[member][1].cancel()
+        task = asyncio.current_task()
+        self._calls[member] = mine, task
+        fresh = hello.get("session") != self.session
+        if fresh:
+            line.reset()
+        try:
+            await context.write(pack({"is": "welcome", "session": self.session, "held": line.held()}))
+            self.members[member] = Attached(line, time.monotonic(), 0.0)
+            self.events.put(Event("attached", member, None, {"fresh": fresh}))
+
+            async def read() -> bytes | None:
+                frame = await context.read()
+                return None if frame is grpc.aio.EOF else frame
+
+            await line.run(read, context.write, hello.get("held"))
+        except LineError as error:
+            with contextlib.suppress(Exception):
+                await context.write(pack({"is": "bye", "why": str(error)}))
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        finally:
+            if self._calls.get(member, (0, None))[0] == mine:
+                del self._calls[member]
+                self.members[member] = Attached(line, None, time.monotonic())
+                self.events.put(Event("detached", member))
+
+    async def _enrolled(self, request: bytes, context: Any) -> bytes:
+        found = context.auth_context().get("x509_pem_cert", [])
+        if not self._keys.enrol or not found or len(request) > 64 << 10:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "nobody is enrolled here")
+        try:
+            return self._keys.enrol(found[0], request)  # type: ignore[misc]
+        except RunError as error:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
+            raise
+
+    async def _told(self, request: bytes, context: Any) -> bytes:
+        try:
+            self._peer(context, self._keys.look)
+        except RunError as error:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
+        return json.dumps(self._status()).encode()

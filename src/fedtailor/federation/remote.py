@@ -1,0 +1,310 @@
+"""The engine of a federation: the conversation, held with members on machines of their own. What a letter does there, member.py says."""
+
+from __future__ import annotations
+
+import queue
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedtailor import wire
+from fedtailor.core import LOST, SERVER, Algorithm, ClientId, Letters, Message, Talk, Tree, seed_of
+from fedtailor.engines.answering import Crew, Workers
+from fedtailor.engines.cache import Cache
+from fedtailor.engines.clients import Clients, Place, Sites
+from fedtailor.engines.states import States
+from fedtailor.errors import RunError
+from fedtailor.federation.frames import Header, Parcel
+from fedtailor.federation.post import Post
+from fedtailor.filters import NOTHING, Filter
+from fedtailor.ledger import Ledger
+from fedtailor.trees import is_finite
+
+LETTER, EXPERIMENT, READY, FINISH = "letter", "experiment", "ready", "finish"
+TICK = 0.2
+"""Seconds after which the wait for a reply looks whether somebody is late or gone."""
+VALID, TEST = "valid", "test"
+"""Whose rows an evaluation is about: the names of sets of sites that a member has too."""
+
+
+class Rules(NamedTuple):
+    """Whom a round waits for."""
+
+    least: int = 1  # replies without which a deadline does not end a round, and members without which none begins
+    deadline: float = 0.0  # seconds; 0: none
+    grace: float = 30.0  # seconds that a member may be cut off before its letter counts as lost
+    ordered: bool = False  # replies as they come are taken when all are there, as in a simulation without a clock
+
+
+class Owed(NamedTuple):
+    """A letter to which there is no reply yet."""
+
+    id: str
+    message: Message
+    blob: bytes  # the message as it is sent; one object for all who are sent the same
+    at: Place
+    view: str  # "" for work, else whose rows are judged
+    since: float
+
+
+class Remote:
+    """Holds conversations with members. Work beside the server is done here."""
+
+    own_states_here = False
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        sites: Sites,
+        valid_sites: Sites,
+        workers: Workers | Crew,
+        states: States,
+        ledger: Ledger,
+        post: Post,
+        up: Filter,
+        down: Filter,
+        seed: int,
+        rules: Rules,
+        greet: Callable[[ClientId], None],
+        agree: Callable[[ClientId, Header], bool],
+        notice: Callable[[str], None] = lambda line: None,
+        progress: Callable[[ClientId], None] = lambda client: None,
+    ) -> None:
+        """`greet` sends the experiment to a member that attaches; `agree` looks at what it answers, and says whether it can take part."""
+        self.algorithm, self.sites, self.valid_sites, self.workers = algorithm, sites, valid_sites, workers
+        self.states, self.ledger, self.post, self.up, self.down, self.rules = states, ledger, post, up, down, rules
+        self.greet, self.agree, self.notice, self.progress = greet, agree, notice, progress
+        self.clock = 0.0
+        self.round, self.ready = 0, set[ClientId]()
+        self._clients = Clients(algorithm, workers, states, up, seed, stacked=False, notice=notice)
+        steps = workers.of(SERVER).steps
+        self._cache = steps.cache if steps else Cache()
+        self._cache.lie(states.folder)
+        self._started = time.monotonic()
+        self._count, self._steps = 0, 0
+        self._agreed: set[ClientId] = set()
+        self._owed: dict[ClientId, Owed] = {}
+        self._came: dict[ClientId, Message] = {}  # and not taken yet
+        self._again: dict[ClientId, Owed] = {}  # of a checkpoint: to be sent once more
+        self._kept: dict[ClientId, str] = {}  # digests of own states at the last checkpoint
+
+    def converse(self, talk: Talk, round: int, sites: Sites | None = None) -> Any:
+        """Drive a conversation to its end and return its value; with `sites` it is an evaluation."""
+        view = "" if sites is None else VALID if sites is self.valid_sites else TEST
+        self.round, self._steps = round, 0
+        inbox: dict[ClientId, Message] | None = None
+        while True:
+            try:
+                letters = talk.send(inbox) if inbox is not None else next(talk)
+            except StopIteration as end:
+                return end.value
+            if not isinstance(letters, Letters):
+                letters = Letters(letters)
+            self._steps += 1
+            if letters.note:
+                self.notice(f"round {round}: {letters.note}")
+            inbox = self._exchange(letters, Place(round, self._steps), view, sites or self.sites)
+            self.clock = self._elapsed()
+
+    def wait(self, enough: Callable[[], bool], tick: Callable[[], None] = lambda: None) -> None:
+        """Listen until there is enough."""
+        while not enough():
+            self._listen(TICK)
+            tick()
+
+    def dump(self) -> Tree:
+        self._kept = dict(self.states.elsewhere)
+        owed = {c: o for c, o in self._owed.items() if not o.view}
+        return {
+            "clock": self._elapsed(),
+            "cache": self._cache.dump(),
+            "came": {c: {"verb": m.verb, "info": dict(m.info), "body": m.body} for c, m in self._came.items()},
+            "owed": {
+                c: {"verb": o.message.verb, "info": dict(o.message.info), "body": o.message.body, "at": list(o.at)}
+                for c, o in owed.items()
+            },
+        }
+
+    def load(self, dumped: Tree) -> None:
+        self._started = time.monotonic() - float(dumped["clock"])
+        self.clock = float(dumped["clock"])
+        self._cache.load(dumped["cache"])
+        self._kept = dict(self.states.elsewhere)
+        self._came = {c: Message(m["verb"], m["body"], m["info"]) for c, m in dumped["came"].items()}
+        for client, kept in dumped["owed"].items():
+            message = Message(kept["verb"], kept["body"], kept["info"])
+            self._again[client] = Owed("", message, b"", Place(*kept["at"]), "", 0.0)
+
+    def finish(self) -> None:
+        self._cache.remove()
+
+    def close(self) -> None:
+        self.workers.close()
+
+    # One exchange
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._started
+
+    def _exchange(self, letters: Letters, at: Place, view: str, sites: Sites) -> dict[ClientId, Message]:
+        for client, owed in self._again.items():
+            self._send({client: owed.message}, owed.at, "")
+        self._again = {}
+        members = {c: m for c, m in sorted(letters.to.items()) if c != SERVER}
+        if letters.wait == "all" and not view:
+            self._quorum(members)
+        self._send(members, at, view)
+        if SERVER in letters.to:
+            self._here(letters.to[SERVER], at, view, sites)
+        begun = time.monotonic()
+        if letters.wait == "any":
+            self.wait(lambda: (bool(self._came) and not (self.rules.ordered and self._owed)) or not self._owed, self._missing)
+            taken, self._came = self._came, {}
+            return {c: taken[c] for c in sorted(taken)}
+        limit = self.rules.deadline if self.rules.deadline and not view else float("inf")
+
+        def enough() -> bool:
+            open_ = [c for c in members if c in self._owed]
+            late = time.monotonic() - begun > limit
+            return not open_ or (late and len(members) - len(open_) >= self.rules.least)
+
+        self.wait(enough, self._missing)
+        missing = [c for c in members if c in self._owed or self._came.get(c, Message(LOST)).verb == LOST]
+        for client in missing:
+            self._give_up(client)
+            self._came.pop(client, None)
+        if missing:
+            self.notice(f"round {at.round}: no reply in time from {', '.join(missing)}")
+        return {c: self._came.pop(c) for c in sorted(letters.to) if c in self._came}
+
+    def _quorum(self, members: Mapping[ClientId, Message]) -> None:
+        """A round begins with as many members as it needs."""
+        least = min(self.rules.least, len(members))
+
+        def attached() -> int:
+            return sum(c in self.ready and self.post.attached(c) for c in members)
+
+        if attached() < least:
+            self.notice(f"waiting for members: {attached()} of {least} that a round needs are attached")
+            self.wait(lambda: attached() >= least)
+
+    def _send(self, members: Mapping[ClientId, Message], at: Place, view: str) -> None:
+        blobs: dict[Any, bytes] = {}
+        for client, message in members.items():
+            if message.verb not in self.algorithm.client:
+                raise RunError(f"letter with verb '{message.verb}', which no client handler answers")
+            key = message.verb, id(message.body), tuple(message.info.items())
+            if key not in blobs:  # what all are sent is encoded once and exists once
+                blobs[key] = wire.encode(message if view else self.down.apply(message, {})[0])
+            self._count += 1
+            owed = Owed(f"{self.post.session}-{self._count}", message, blobs[key], at, view, time.monotonic())
+            self._owed[client] = owed
+            if not view:
+                self.ledger.add(client, letters=1, bytes_down=len(owed.blob))
+            if client in self.ready:
+                self._write(client, owed)
+
+    def _write(self, client: ClientId, owed: Owed) -> None:
+        own, kept = self.states.elsewhere.get(client, ""), self._kept.get(client, "")
+        note = {"is": LETTER, "round": owed.at.round, "step": owed.at.step, "view": owed.view, "own": own, "kept": kept}
+        self.post.send(client, Parcel(owed.id, note, owed.blob))
+
+    def _here(self, letter: Message, at: Place, view: str, sites: Sites) -> None:
+        """What stays beside the server crosses no wire."""
+        for done in self._clients.work({SERVER: letter}, at, sites, bool(view)):
+            if done.reply is None:
+                self.notice(f"round {at.round}: {SERVER} set aside: {done.why}")
+                continue
+            self._came[SERVER] = done.reply
+            if not view:
+                self.ledger.add(SERVER, flops=done.flops, examples=done.examples)
+
+    def _listen(self, seconds: float) -> None:
+        try:
+            event = self.post.events.get(timeout=seconds)
+        except queue.Empty:
+            return
+        if event.kind == "attached":
+            if event.header["fresh"]:
+                self._agreed.discard(event.member)
+                self.greet(event.member)
+            elif event.member in self._agreed:  # its line goes on where it stopped
+                self.ready.add(event.member)
+        elif event.kind == "detached":
+            self.ready.discard(event.member)
+            self.notice(f"{event.member} is cut off")
+        elif event.parcel and event.parcel.note.get("is") == READY:
+            if self.agree(event.member, event.parcel.note):
+                self._agreed.add(event.member)
+                self.ready.add(event.member)
+                if event.member in self._owed:  # it was written before the member came, or the member has forgotten it
+                    self._write(event.member, self._owed[event.member])
+        elif event.parcel:
+            self._reply(event.member, event.parcel)
+
+    def _missing(self) -> None:
+        now = time.monotonic()
+        for client in list(self._owed):
+            known = self.post.members.get(client)
+            if known and known.since is not None:
+                continue
+            away = now - max(known.left if known else 0.0, self._owed[client].since)
+            if away > self.rules.grace:
+                self._give_up(client)
+                self._came[client] = Message(LOST)
+
+    def _give_up(self, client: ClientId) -> None:
+        owed = self._owed.pop(client, None)
+        if owed:
+            self.post.recall(client, owed.id)
+
+    def _reply(self, client: ClientId, parcel: Parcel) -> None:
+        owed = self._owed.get(client)
+        if owed is None or owed.id != parcel.id:
+            return
+        del self._owed[client]
+        note, size = parcel.note, parcel.size
+        try:
+            message = self._opened(client, parcel, bool(owed.view))
+        except (wire.WireError, RunError, KeyError, TypeError, ValueError) as error:
+            message = Message(LOST)
+            self.notice(f"round {owed.at.round}: {client} set aside: {' '.join(str(error).split())[:300]}")
+        if message.verb == LOST:
+            self._came[client] = message
+            return
+        self._came[client] = message
+        if owed.view:
+            return
+        self.progress(client)
+        took = time.monotonic() - owed.since
+        flops, examples = (max(0.0, float(note.get(name, 0.0))) for name in ("flops", "examples"))
+        self.ledger.add(client, replies=1, bytes_up=size, flops=flops, simulated_seconds=took, examples=examples)
+        if "loss" in message.info:
+            self.ledger.note(client, loss=message.info["loss"])
+        own = str(note.get("own", ""))
+        if re.fullmatch("[0-9a-f]{64}", own):
+            self.states.elsewhere[client] = own
+        else:
+            self.states.elsewhere.pop(client, None)
+
+    def _opened(self, client: ClientId, parcel: Parcel, free: bool) -> Message:
+        """The message in a reply; a large one stays on disk and is read tensor by tensor.
+
+        Raises:
+            WireError, RunError: it is not one, not finite, or the member refused the letter.
+        """
+        if "why" in parcel.note:
+            raise RunError(str(parcel.note["why"]))
+        undo = NOTHING.undo if free else self.up.undo
+        if isinstance(parcel.content, Path):
+            path = parcel.content.replace(parcel.content.with_name(f"reply-{seed_of(0, client)}.safetensors"))
+            if not free and self.up is not NOTHING:
+                wire.write(undo(wire.read(path)), path)
+            message = wire.read(path, lazy=True)
+        else:
+            message = undo(wire.decode(parcel.content))
+        if not is_finite(message.body) or not all(abs(x) < float("inf") for x in message.info.values()):
+            raise RunError("its reply is not finite")
+        return message

@@ -1,0 +1,190 @@
+"""The server of a federation: it waits for its members, agrees with them on the experiment, and conducts the run."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from fedtailor import wire
+from fedtailor.config import Experiment
+from fedtailor.core import ClientId, Message, Tree
+from fedtailor.engines.states import States
+from fedtailor.equip import Facts
+from fedtailor.errors import ConfigError
+from fedtailor.evaluation import broadcast_of, workers
+from fedtailor.federation.agreement import agreement, difference
+from fedtailor.federation.frames import Header, Parcel
+from fedtailor.federation.post import Keys, Post
+from fedtailor.federation.remote import EXPERIMENT, FINISH, TICK, Remote, Rules
+from fedtailor.filters import chain
+from fedtailor.folder import FACTS, check_folder, facts_of, make_folder, record, writing, written
+from fedtailor.ledger import Ledger
+from fedtailor.run import Watch, conduct
+from fedtailor.simulation import BASELINES, OWN, Split, World, build, of_server, rows_of
+
+
+def serve(
+    experiment: Experiment,
+    out: Path,
+    address: str,
+    keys: Keys,
+    resume: bool = False,
+    watch: Watch = Watch(),
+    limit: int = wire.MAX_BYTES,
+) -> dict[str, Any]:
+    """Conduct an experiment with members that dial in at `address`, and return its summary.
+
+    Raises:
+        ConfigError, DataError, RunError: as `run`; RunError also where the address cannot be listened on.
+    """
+    if experiment.algorithm.kind in BASELINES:
+        raise ConfigError(f"algorithm.kind '{experiment.algorithm.kind}' trains where all data is in one place: use run")
+    check_folder(experiment, out, resume)
+    told: dict[str, Any] = {"name": experiment.name, "rounds": experiment.rounds, "round": 0, "stage": "waiting for members"}
+    with tempfile.TemporaryDirectory(prefix="fedtailor-") as folder:
+        post = Post(address, Path(folder), limit, keys, lambda: {**told, "members": attached(post)})
+        post.open()
+        try:
+            watch.notice(f"listening on {address.rpartition(':')[0]}:{post.port}")
+            world = _gathered(experiment, out, post, watch)
+            make_folder(experiment, out)
+            with writing(out):
+                record(world.facts, out)
+                return Server(world, post, watch, told).conduct(out)
+        finally:
+            post.close()
+
+
+def attached(post: Post) -> dict[ClientId, dict[str, Any]]:
+    """Who is there, for people who ask."""
+    now = time.monotonic()
+    return {
+        name: {
+            "attached": known.since is not None,
+            "seconds": round(now - (known.since if known.since is not None else known.left), 1),
+            "bytes_in": known.line.bytes_in,
+            "bytes_out": known.line.bytes_out,
+        }
+        for name, known in sorted(post.members.items())
+    }
+
+
+def _gathered(experiment: Experiment, out: Path, post: Post, watch: Watch) -> World:
+    """The server's world: its members are those of the partition that the experiment names, those of the run that goes on, or the first
+    `clients.count` that come."""
+    watch.stage("loading data and model")
+    if experiment.data.name != OWN:
+        return build(experiment)
+    kind, labels = experiment.data.kind, experiment.data.labels
+    if kind == "auto":
+        raise ConfigError("data.kind: with data.name = 'own' say what the members' data is: text, image, language or instruction")
+    if kind in ("text", "image") and len(labels) < 2:
+        raise ConfigError("data.labels: with data.name = 'own' name the classes, two at least")
+    count = experiment.clients.count
+    members = facts_of(out).clients if (out / FACTS).is_file() else []
+    watch.stage("waiting for members")
+    said = -1
+    while not members:
+        here = [name for name, known in list(post.members.items()) if known.since is not None]
+        if len(here) != said:
+            said = len(here)
+            watch.notice(f"{said} of {count} members are attached" + (f": {', '.join(sorted(here))}" if here else ""))
+        if said >= count:
+            members = sorted(here)
+        time.sleep(TICK)
+    return of_server(experiment, Facts(kind, labels, bool(experiment.data.pair), members, 0))
+
+
+class Server:
+    """A world, its members' lines, and the run that goes over them."""
+
+    def __init__(self, world: World, post: Post, watch: Watch, told: dict[str, Any]) -> None:
+        self.world, self.post, self.watch, self.told = world, post, watch, told
+        self.ours = agreement(world, world.facts)
+        values = json.dumps({"experiment": written(world.experiment), "facts": world.facts._asdict()})
+        self._experiment = Parcel(f"{post.session}-experiment", {"is": EXPERIMENT}, values.encode())
+
+    def conduct(self, out: Path) -> dict[str, Any]:
+        engine: list[Remote] = []
+
+        def engine_of(states: States, ledger: Ledger) -> Remote:
+            engine.append(self._engine(states, ledger))
+            return engine[0]
+
+        def round(line: dict[str, Any]) -> None:
+            self.told |= {"round": line["round"], "stage": "running", "valid": line.get("valid")}
+            self.watch.round(line)
+
+        def end(state: Tree, states: States) -> None:
+            self._end(engine[0], state, states)
+
+        return conduct(self.world, out, self.watch._replace(round=round), engine_of, end)
+
+    def _engine(self, states: States, ledger: Ledger) -> Remote:
+        world, experiment = self.world, self.world.experiment
+        clients = experiment.clients
+        return Remote(
+            world.algorithm,
+            world.sites,
+            world.valid_sites,
+            workers(world, world.flops, world.looks),
+            states,
+            ledger,
+            self.post,
+            chain(experiment.filters.up),
+            chain(experiment.filters.down),
+            experiment.seed,
+            Rules(clients.min_clients, clients.deadline, clients.grace, experiment.engine.ordered),
+            self._greet,
+            self._agree,
+            self.watch.notice,
+            self.watch.client,
+        )
+
+    def _greet(self, member: ClientId) -> None:
+        if member in self.world.facts.clients:
+            self.post.send(member, self._experiment)
+        else:
+            self._refuse(member, f"'{member}' is not among the members of this run ({', '.join(self.world.facts.clients)})")
+
+    def _agree(self, member: ClientId, note: Header) -> bool:
+        why = f"it cannot take part: {note['why']}" if "why" in note else difference(self.ours, note)
+        if why:
+            self._refuse(member, why)
+            return False
+        sizes = [note.get(name) for name in Split._fields]
+        if self.world.experiment.data.name == OWN and all(type(n) is int and 0 <= n < 1 << 40 for n in sizes):
+            self.world.clients[member] = rows_of(*map(int, sizes))  # type: ignore[arg-type]
+        self.watch.notice(f"{member} is attached")
+        return True
+
+    def _refuse(self, member: ClientId, why: str) -> None:
+        self.watch.notice(f"{member} is refused: {why}")
+        self.post.tell(member, {"is": "bye", "why": why})
+
+    def _end(self, engine: Remote, state: Tree, states: States) -> None:
+        """Give every member what it needs to keep the model, and wait until they have it."""
+        world, blobs = self.world, dict[int, bytes]()
+        for number, member in enumerate(world.facts.clients):
+            body = broadcast_of(world, state, member) if world.algorithm.personal else world.algorithm.model(state)
+            if id(body) not in blobs:
+                told = {"state_hash": states.hash(state)}
+                blobs[id(body)] = wire.encode(Message(FINISH, {"broadcast": body, "told": told}))
+            note = {"is": FINISH, "own": states.elsewhere.get(member, "")}
+            self.post.send(member, Parcel(f"{self.post.session}-finish-{number}", note, blobs[id(body)]), reply=False)
+        until = time.monotonic() + world.experiment.clients.grace
+        waiting = set(world.facts.clients)
+
+        def gone() -> bool:
+            for member in list(waiting):
+                known = self.post.members.get(member)
+                if known is None or known.line.idle:
+                    waiting.discard(member)
+            return not waiting or time.monotonic() > until
+
+        engine.wait(gone)
+        if waiting:
+            self.watch.notice(f"not there to be given the model: {', '.join(sorted(waiting))}")

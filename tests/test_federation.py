@@ -1,0 +1,49 @@
+"""A federation over real lines: what is simulated is what is deployed, and nobody gets in or more than is due."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("grpc")
+
+from commands import read
+from owners import NAMES, Owners, federated, owners
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory, folders: Callable[[str], Path]) -> Owners:
+    return owners(tmp_path_factory.mktemp("owners"), folders("bert"))
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        pytest.param({"technique": {"kind": "prefix", "length": 3}}, id="fedavg, prefix"),
+        pytest.param({"algorithm": {"kind": "fedex"}}, id="fedex, lora"),
+        pytest.param({"algorithm": {"kind": "scaffold"}, "train": {"optimizer": "sgd"}}, id="scaffold, lora"),
+        pytest.param({"algorithm": {"kind": "flexp", "front": 1, "back": 0}}, id="flexp, lora"),
+        pytest.param({"filters": {"up": ["int8"], "down": ["bf16"]}}, id="fedavg, int8 with error feedback"),
+        pytest.param({"algorithm": {"kind": "asynchronous"}}, id="asynchronous, lora"),
+        pytest.param({"technique": {"kind": "full"}, "clients": {"per_round": 2}}, id="fedavg, full, two a round"),
+    ],
+)
+def test_what_is_simulated_is_what_is_deployed(three: Owners, tmp_path: Path, sections: dict[str, Any]) -> None:
+    alone = three.simulated(tmp_path / "simulated", **sections)
+    served = federated(three, tmp_path, **sections)
+    assert isinstance(served.summary, dict), (served.summary, served.notices)
+    same = ["state_hash", "clients_mean", "bytes_total", "flops_total", "example_passes", "rounds", "train_rows"]
+    if not (
+        tmp_path / "simulated" / "adapter" / "personal"
+    ).is_dir():  # a personal model is at its owner's, the global test set is not
+        same.append("global_test")
+    assert {k: served.summary[k] for k in same} == {k: alone[k] for k in same}
+    for name in NAMES:
+        told = served.members[name]
+        assert isinstance(told, dict), told
+        assert told["state_hash"] == alone["state_hash"]
+        assert (Path(told["adapter"]) / "adapter_config.json").is_file() or sections.get("technique") == {"kind": "full"}
+    assert read(tmp_path / "run" / "summary.json")["state_hash"] == alone["state_hash"]
