@@ -139,7 +139,9 @@ class FiltersSection(Section):
 
 
 class EngineSection(Section):
-    kind: Literal["local"] = "local"
+    kind: Literal["local", "ray"] = "local"
+    address: str = Field("", description='of a Ray cluster: "auto" or host:port; "" starts one on this machine')
+    actors: int = Field(0, ge=0, description="of Ray; 0: one a GPU of the cluster, or without GPUs one for every two cores")
     stacked: bool = Field(True, description="train many clients in one stacked call; false gives the bits of a deployment")
     group: int = Field(0, ge=0, description="clients in a stacked call; 0 chooses")
     workers: int = Field(0, ge=0, description="threads that each train a group; 0 chooses")
