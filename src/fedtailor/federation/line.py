@@ -14,6 +14,7 @@ from fedtailor.federation.frames import Arriving, Frame, Header, LineError, Parc
 
 Read = Callable[[], Awaitable[bytes | None]]  # None: the other side has hung up
 Write = Callable[[bytes], Awaitable[None]]
+WHOLE = -1
 REMEMBERED = 64
 """Parcels whose ids are remembered, so that one that comes again is only acknowledged."""
 
@@ -68,8 +69,8 @@ class Line:
         return not self._outbox and not self._small
 
     def held(self) -> dict[str, int]:
-        """What the other side may go on with: {id: bytes that are here}."""
-        return {self._arriving.id: self._arriving.held} if self._arriving else {}
+        """What the other side need not send again: {id: bytes that are here, WHOLE for all}."""
+        return dict.fromkeys(self._seen, WHOLE) | ({self._arriving.id: self._arriving.held} if self._arriving else {})
 
     async def run(self, read: Read, write: Write, held: Any) -> None:
         """Speak over a connection until it ends; `held` is what the other side has of parcels that it has not acknowledged.
@@ -80,7 +81,9 @@ class Line:
         self._connection += 1
         self._wake = asyncio.Event()
         self._small.clear()
-        offsets = {k: v for k, v in held.items() if type(v) is int and v >= 0} if isinstance(held, dict) else {}
+        offsets = {k: v for k, v in held.items() if type(v) is int} if isinstance(held, dict) else {}
+        for id in [id for id in self._outbox if offsets.get(id) == WHOLE]:  # its acknowledgement was lost
+            self.drop(id)
         sending = asyncio.create_task(self._send(write, offsets, self._connection))
         try:
             while (frame := await read()) is not None:
@@ -105,7 +108,7 @@ class Line:
                 await wake.wait()
                 continue
             sent.add(parcel.id)
-            for frame in frames(parcel, min(offsets.pop(parcel.id, 0), parcel.size)):
+            for frame in frames(parcel, min(max(offsets.pop(parcel.id, 0), 0), parcel.size)):
                 if parcel.id not in self._outbox:
                     break
                 await self._write(write, frame)

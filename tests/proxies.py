@@ -1,0 +1,108 @@
+"""A line between two ports that is slow, far, and cut now and then: what a network does to a connection, without a network."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from typing import Any, NamedTuple
+
+
+class Bad(NamedTuple):
+    """How bad a line is. Zero: not at all."""
+
+    latency: float = 0.0  # seconds, one way
+    rate: float = 0.0  # bytes a second, each way and connection
+    cuts: tuple[int, ...] = ()  # bytes from members after which all connections are cut: once each
+    dead: float = 0.0  # seconds after a cut in which nobody gets through
+
+
+class Proxy:
+    """Carries bytes from its port to another."""
+
+    def __init__(self, to: int, bad: Bad) -> None:
+        self.port, self.cut, self.carried = 0, 0, 0
+        self._to, self._bad = to, bad
+        self._left = sorted(bad.cuts)
+        self._open: set[Any] = set()
+        self._dead_until = 0.0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+
+    def __enter__(self) -> Proxy:
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+
+    async def _listen(self) -> None:
+        server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        self.port = server.sockets[0].getsockname()[1]
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._loop.time() < self._dead_until:
+            writer.close()
+            return
+        try:
+            there, back = await asyncio.open_connection("127.0.0.1", self._to)
+        except OSError:
+            writer.close()
+            return
+        both = (writer, back)
+        self._open |= {*both}
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            await asyncio.gather(self._carry(reader, back, True), self._carry(there, writer, False))
+        for each in both:
+            each.close()
+        self._open -= {*both}
+
+    async def _carry(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, up: bool) -> None:
+        """Bytes leave as fast as the rate lets them, and arrive after the latency, in order."""
+        waiting: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+
+        async def deliver() -> None:
+            while True:
+                due, piece = await waiting.get()
+                await asyncio.sleep(max(0.0, due - self._loop.time()))
+                if not piece:
+                    sink.close()
+                    return
+                sink.write(piece)
+                await sink.drain()
+
+        delivering = asyncio.create_task(deliver())
+        free = self._loop.time()
+        try:
+            while True:
+                piece = await source.read(16 << 10)
+                now = self._loop.time()
+                if self._bad.rate:
+                    free = max(free, now) + len(piece) / self._bad.rate
+                    await asyncio.sleep(max(0.0, free - now))
+                await waiting.put((self._loop.time() + self._bad.latency, piece))
+                if up:
+                    self.carried += len(piece)
+                    if self._left and self.carried >= self._left[0]:
+                        self._cut()
+                        return
+                if not piece:
+                    return
+        finally:
+            if sink.is_closing():
+                delivering.cancel()
+            with contextlib.suppress(asyncio.CancelledError, OSError):
+                await delivering
+
+    def _cut(self) -> None:
+        self.cut += 1
+        self._left.pop(0)
+        self._dead_until = self._loop.time() + self._bad.dead
+        for each in self._open:
+            each.transport.abort()
+
+
+def every(step: int, count: int) -> tuple[int, ...]:
+    return tuple(step * (i + 1) for i in range(count))
