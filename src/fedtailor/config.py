@@ -247,7 +247,7 @@ def assign(values: dict[str, Any], parts: Sequence[str], value: Any) -> None:
         section = section.setdefault(part, {})
         if not isinstance(section, dict):
             raise ConfigError(f"'{'.'.join(parts)}': '{part}' is a value, not a section")
-    if parts[-1] == "kind" and section.get("kind") not in (None, value):
+    if parts[-1] == "kind" and parts[0] != "data" and section.get("kind") not in (None, value):
         section.clear()  # options belong to a kind: another kind starts with its own defaults
     section[parts[-1]] = value
 
