@@ -78,7 +78,7 @@ KILLER = """
 import json, os, signal, sys
 import torch
 from fedtailor import cli, compare, predict, progress, report, run, wire
-from fedtailor.engines import local, states
+from fedtailor.engines import clients, states
 
 torch.set_num_threads(1)
 asked = json.load(sys.stdin)
@@ -93,7 +93,7 @@ def counted(function):
     return call
 
 for module, name in ((wire, "encode"), (wire, "decode"), (wire, "atomically"), (wire, "save_file"), (os, "replace"),
-                     (os, "fsync"), (states.States, "_sweep"), (local.Local, "_answered")):
+                     (os, "fsync"), (states.States, "_sweep"), (clients.Clients, "_answered")):
     setattr(module, name, counted(getattr(module, name)))
 ends = []
 for left, words in asked:

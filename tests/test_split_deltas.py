@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from federations import Outcome, World, run_world
 from fedtailor.algorithms import ALGORITHMS, split_deltas, split_server
 from fedtailor.core import HIDDEN, Device, Plan, Tree
-from fedtailor.engines.local import Local
+from fedtailor.engines.clients import Clients, Done
 from fedtailor.equip import Facts, equip
 from fedtailor.errors import ConfigError
 from fedtailor.trees import nbytes
@@ -62,18 +62,22 @@ def test_a_tenth_of_the_numbers_is_a_fifth_of_the_bytes(kind: str, federation: F
 @pytest.mark.parametrize("lost", [0, 4])
 def test_both_sides_hold_the_same_rows(lost: int, federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
     """After each exchange, to the bit, also where letters are lost, and every fourth reply: then whole rows come again."""
-    reply, changed = Local._reply, split_server.changed
+    work, keep, changed = Clients.work, Clients._keep, split_server.changed
     ours: dict[str, Tree] = {}
     met: list[str] = []
     count = [0]
 
-    def told(self: Local, client: str, own: Any, message: Any, *rest: Any) -> Any:
-        if message.verb == "sent":
+    def kept(self: Clients, client: str, own: Any, memory: Tree) -> None:
+        if own and "bases" in own:
             ours[client] = own["bases"]
-            count[0] += 1
-        arrives = list(reply(self, client, own, message, *rest))
-        if not (lost and message.verb == "sent" and count[0] % lost == 0):
-            yield from arrives
+        keep(self, client, own, memory)
+
+    def told(self: Clients, *letters: Any) -> Iterator[Done]:
+        for done in work(self, *letters):
+            sent = done.reply is not None and done.reply.verb == "sent"
+            count[0] += sent
+            if not (sent and lost and count[0] % lost == 0):
+                yield done
 
     def taken(desk: Any, client: str, body: Tree, given: Tree) -> None:
         changed(desk, client, body, given)
@@ -85,7 +89,8 @@ def test_both_sides_hold_the_same_rows(lost: int, federation: Federation, monkey
                 assert torch.equal(base, hidden[: len(base)])
                 assert not hidden[len(base) :].any()
 
-    monkeypatch.setattr(Local, "_reply", told)
+    monkeypatch.setattr(Clients, "_keep", kept)
+    monkeypatch.setattr(Clients, "work", told)
     monkeypatch.setattr(split_server, "changed", taken)
     devices = dict.fromkeys(("c0", "c1", "c2"), Device(latency=0.01, dropout=0.05 if lost else 0.0))
     options = {**CUT, "delta": 0.1}
