@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,13 +14,11 @@ import pytest
 
 pytest.importorskip("grpc")
 
-from commands import COMMAND, in_process, read
+from commands import COMMAND, in_process, lines, read
 from fedtailor.config import Experiment
 from fedtailor.folder import written
+from kits import LEAD, allow, provisioned, running, told, until, workers
 from owners import NAMES, Owners, owners
-
-ALLOWED = ["fedtailor.flare", "nvflare.collab.runtime"]
-"""What every site adds to its `class_allow_list`."""
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +68,7 @@ def test_flare_ends_in_the_bits_of_the_simulation(three: Owners, tmp_path: Path,
     assert in_process("submit", str(path), "--to", "nvflare", "--export", str(tmp_path / "jobs")) == 0
     local = tmp_path / "ws" / "local"
     local.mkdir(parents=True)
-    (local / "resources.json").write_text(json.dumps({"format_version": 2, "class_allow_list": ALLOWED}), encoding="utf-8")
+    allow(local)
     command = ["-m", "nvflare.cli", "simulator", str(tmp_path / "jobs" / "owners"), "-w", str(tmp_path / "ws")]
     command += ["-c", ",".join(NAMES), "-t", str(len(NAMES))]
     ended = subprocess.run(
@@ -84,3 +81,32 @@ def test_flare_ends_in_the_bits_of_the_simulation(three: Owners, tmp_path: Path,
     assert {k: read(found)[k] for k in same} == {k: alone[k] for k in same}
     for name in NAMES:
         assert (tmp_path / f"home-{name}" / "owners" / "adapter" / "adapter_config.json").is_file()
+
+
+@pytest.mark.skipif(os.environ.get("FEDTAILOR_SLOW") != "1", reason="takes minutes: FEDTAILOR_SLOW=1")
+@pytest.mark.timeout(1800)
+def test_a_consortium_goes_on_after_a_worker_was_killed(three: Owners, tmp_path: Path) -> None:
+    """Provisioned kits, a server and three sites on the loopback: a killed worker ends the job, which is then submitted again."""
+    pytest.importorskip("nvflare.collab")
+    sections: dict[str, Any] = {"technique": {"kind": "prefix", "length": 3}, "rounds": 40}
+    path, env = experiment_file(three.apart(**sections), tmp_path), environment(three, tmp_path)
+    kits, state = provisioned(tmp_path, NAMES), tmp_path / "runs" / "owners" / "state" / "checkpoint.json"
+    submit = [*COMMAND, "submit", str(path), "--to", "nvflare", "--admin", str(kits / LEAD), "--wait", "--json"]
+    with running(kits, env) as processes:
+        first = subprocess.Popen(submit, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        until("a first checkpoint", lambda: state.is_file() or first.poll() is not None, 400)
+        assert state.is_file(), str(first.communicate()) + told(kits)
+        for worker in workers(processes["north"]):
+            worker.kill()
+        _, told_first = first.communicate(timeout=400)
+        assert first.returncode == 4, told_first + told(kits)
+        assert "submit it again" in told_first
+        done = len(lines(tmp_path / "runs" / "owners"))
+        assert 0 < done < 40
+        again = subprocess.run(submit, env=env, capture_output=True, text=True, timeout=800)
+        assert again.returncode == 0, again.stderr + told(kits)
+    found = read(tmp_path / "runs" / "owners" / "summary.json")
+    alone = three.simulated(tmp_path / "simulated", **sections)
+    assert found["state_hash"] == alone["state_hash"]
+    assert found["bytes_total"] == alone["bytes_total"]
+    assert json.loads(again.stdout)["status"] == "FINISHED:COMPLETED"

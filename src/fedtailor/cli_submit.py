@@ -23,9 +23,7 @@ def submit(
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of every random stream.")] = None,
     preset: Annotated[str | None, typer.Option("--preset", help="Apply the experiment's table [presets.NAME] first.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: section.key=value (repeatable).")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document and nothing else on standard output.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on standard output.")] = False,
 ) -> None:
     """Submit an experiment as a job without code; fedtailor is installed at the sites."""
     from fedtailor import cli
