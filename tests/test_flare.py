@@ -26,7 +26,8 @@ from fedtailor.flare import calls, cargo
 from fedtailor.flare.brought import brought
 from fedtailor.flare.calls import Calls, Site
 from fedtailor.flare.desk import Desk
-from fedtailor.flare.job import digest_of, files
+from fedtailor.flare.job import digest_of, files, opened
+from fedtailor.folder import written
 from fedtailor.run import Watch
 from owners import Owners, owners
 
@@ -169,6 +170,21 @@ def test_a_job_is_three_files_of_values(three: Owners) -> None:
     assert client["components"][0]["path"] == "fedtailor.flare.site.Participant"
     assert found == files(parse(OWN), ["b", "a"])
     assert json.loads(files(parse(OWN))["meta.json"])["deploy_map"] == {"app": ["@ALL"]}
+
+
+def test_the_server_opens_what_was_submitted_and_nothing_else() -> None:
+    args = json.loads(files(parse(OWN))["app/config/config_fed_server.json"])["components"][0]["args"]
+    lines, digest = args["experiment"], args["digest"]
+    assert written(opened(lines, digest, ["a", "b"])) == written(parse(OWN))
+    with pytest.raises(ConfigError, match="not what was submitted"):
+        opened([line.replace("count = 2", "count = 1") for line in lines], digest, ["a", "b"])
+    with pytest.raises(ConfigError, match=r"clients.count is 2, and the job runs at 1 sites \(a\)"):
+        opened(lines, digest, ["a"])
+    code = [line for line in lines if not line.startswith('kind = "fedavg"')]
+    at = code.index("[algorithm]") + 1
+    code[at:at] = ['kind = "mine.py:f"']
+    with pytest.raises(ConfigError, match="is code"):
+        opened(code, digest_of(code), ["a", "b"])
 
 
 @pytest.mark.parametrize(

@@ -49,20 +49,16 @@ def environment(owners: Owners, folder: Path) -> dict[str, str]:
     return {**os.environ, **more, "OMP_NUM_THREADS": "1"}
 
 
-def exported(folder: Path) -> dict[str, str]:
-    return {p.relative_to(folder).as_posix(): p.read_text(encoding="utf-8") for p in folder.rglob("*") if p.is_file()}
-
-
-SECTIONS: list[Any] = [
-    pytest.param({"technique": {"kind": "prefix", "length": 3}}, id="fedavg, prefix"),
-    pytest.param({"algorithm": {"kind": "scaffold"}, "train": {"optimizer": "sgd"}}, id="scaffold, lora"),
+CASES: list[Any] = [
+    pytest.param({"technique": {"kind": "prefix", "length": 3}}, False, id="fedavg, prefix"),
+    pytest.param({"algorithm": {"kind": "scaffold"}, "train": {"optimizer": "sgd"}}, True, id="scaffold, lora, as tensors"),
 ]
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("sections", SECTIONS)
-def test_flare_ends_in_the_bits_of_the_simulation(three: Owners, tmp_path: Path, sections: dict[str, Any]) -> None:
-    """FLARE's own simulator: its server, its sites in processes, its calls between them."""
+@pytest.mark.parametrize(("sections", "large"), CASES)
+def test_flare_ends_in_the_bits_of_the_simulation(three: Owners, tmp_path: Path, sections: dict[str, Any], large: bool) -> None:
+    """FLARE's own simulator: its server, its sites in processes, its calls between them; `large`: tiny messages count as large."""
     pytest.importorskip("nvflare.collab")
     path = experiment_file(three.apart(**sections), tmp_path)
     assert in_process("submit", str(path), "--to", "nvflare", "--export", str(tmp_path / "jobs")) == 0
@@ -71,11 +67,16 @@ def test_flare_ends_in_the_bits_of_the_simulation(three: Owners, tmp_path: Path,
     allow(local)
     command = ["-m", "nvflare.cli", "simulator", str(tmp_path / "jobs" / "owners"), "-w", str(tmp_path / "ws")]
     command += ["-c", ",".join(NAMES), "-t", str(len(NAMES))]
-    ended = subprocess.run(
-        [sys.executable, *command], env=environment(three, tmp_path), capture_output=True, text=True, timeout=800, cwd=tmp_path
-    )
+    env = environment(three, tmp_path)
+    if large:
+        text = "import fedtailor.flare.cargo as cargo\ncargo.LARGE, cargo.PIECE = 1000, 700\n"
+        (tmp_path / "sitecustomize.py").write_text(text, encoding="utf-8")
+        env["PYTHONPATH"] = os.pathsep.join((str(tmp_path), env["PYTHONPATH"]))
+    ended = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=800, cwd=tmp_path)
     found = tmp_path / "runs" / "owners" / "summary.json"
     assert found.is_file(), ended.stdout[-6000:] + ended.stderr[-6000:]
+    streamed = [log for log in (tmp_path / "ws").rglob("log.txt") if "downloaded to all" in log.read_text(encoding="utf-8")]
+    assert bool(streamed) == large  # FLARE's word for what it does with tensors
     alone = three.simulated(tmp_path / "simulated", **sections)
     same = ["state_hash", "global_test", "clients_mean", "bytes_total", "flops_total", "example_passes", "rounds"]
     assert {k: read(found)[k] for k in same} == {k: alone[k] for k in same}

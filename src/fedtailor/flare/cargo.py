@@ -1,5 +1,4 @@
-"""What a parcel's content is in a FLARE call: bytes where it is small, a list of tensors of bytes where it is large, as FLARE streams those
-and has them in memory once."""
+"""What a parcel's content is in a FLARE call: bytes where it is small, a list of tensors of bytes where it is large, as FLARE streams those."""
 
 from __future__ import annotations
 
@@ -13,8 +12,8 @@ import torch
 from fedtailor.errors import RunError
 from fedtailor.federation.frames import SPOOL
 
-LARGE = 4 << 20
-"""Bytes from which they are tensors."""
+LARGE = 2 << 20
+"""Bytes from which they are tensors: benchmarks/flare_calls.py."""
 PIECE = 8 << 20
 """Bytes of one tensor: what FLARE copies at once."""
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import sys
 import tempfile
+import tomllib
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import Any
 
 import tomli_w
 
-from fedtailor.config import Experiment
+from fedtailor.config import Experiment, parse
 from fedtailor.errors import ConfigError, RunError, first_line
 from fedtailor.folder import written
 from fedtailor.simulation import BASELINES, OWN
@@ -90,6 +93,21 @@ def admissible(experiment: Experiment) -> Experiment:
     return experiment
 
 
+def opened(lines: Sequence[str], digest: str, sites: Sequence[str]) -> Experiment:
+    """The experiment that a job carries, at its server.
+
+    Raises:
+        ConfigError: it is not what was submitted, or as `admissible`, or it needs more sites than the job has.
+    """
+    if digest_of(lines) != digest:
+        raise ConfigError("the job's experiment is not what was submitted: braces in its texts name a variable of FLARE")
+    experiment = admissible(parse(tomllib.loads("\n".join(lines)), where="the job's experiment"))
+    count = experiment.clients.count if experiment.data.name == OWN else 1
+    if len(sites) < count:
+        raise ConfigError(f"clients.count is {count}, and the job runs at {len(sites)} sites ({', '.join(sites)})")
+    return experiment
+
+
 def digest_of(lines: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -137,8 +155,18 @@ def submit(job: Path, kit: Path, user: str = "", wait: bool = False, notice: Cal
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from nvflare.fuel.flare_api.flare_api import new_secure_session
+    with contextlib.redirect_stdout(sys.stderr):  # FLARE prints what it does
+        return _sent(new_secure_session, job, user or kit.resolve().name, kit, wait, notice)
+
+
+def _sent(
+    login: Callable[..., Any], job: Path, user: str, kit: Path, wait: bool, notice: Callable[[str], None]
+) -> dict[str, str]:
+    """Raises:
+    RunError: as `submit`.
+    """
     try:
-        session = new_secure_session(user or kit.resolve().name, str(kit.resolve()), timeout=60.0)
+        session = login(user, str(kit.resolve()), timeout=60.0)
     except Exception as error:
         raise RunError(f"FLARE's server cannot be reached or refuses: {first_line(error)}") from error
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,24 +25,14 @@ class Conductor:
     def main(self, context: Any) -> dict[str, Any]:
         """Raises: as `serve`; FLARE then ends the job, and its log says why."""
         from fedtailor import wire
-        from fedtailor.config import parse
         from fedtailor.federation.serve import gather
         from fedtailor.flare.calls import Calls
-        from fedtailor.flare.job import admissible, digest_of
+        from fedtailor.flare.job import opened
         from fedtailor.folder import check_folder
         from fedtailor.run import Watch
 
-        if digest_of(self.experiment) != self.digest:
-            from fedtailor.errors import ConfigError
-
-            raise ConfigError("the job's experiment is not what was submitted: braces in its texts name a variable of FLARE")
-        experiment = admissible(parse(tomllib.loads("\n".join(self.experiment)), where="the job's experiment"))
         sites = {str(proxy.name): _site(proxy) for proxy in context.clients}
-        needed = experiment.clients.count if experiment.data.name == "own" else 1
-        if len(sites) < needed:
-            from fedtailor.errors import ConfigError
-
-            raise ConfigError(f"clients.count is {needed}, and the job runs at {len(sites)} sites ({', '.join(sorted(sites))})")
+        experiment = opened(self.experiment, self.digest, sorted(sites))
         out = _folder(context, experiment.name)
         check_folder(experiment, out, resume=True)
         with tempfile.TemporaryDirectory(prefix="fedtailor-") as folder:
