@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 pytest.importorskip("grpc")
 
@@ -245,3 +247,25 @@ def test_wrong_options_of_submit(typed: Callable[..., Printed], words: str, told
     printed = typed(f"submit e.toml {words}")
     assert printed.code == 2
     assert told in printed.err
+
+
+def test_submit_without_flare_names_the_extra(
+    tmp_path: Path, typed: Callable[..., Printed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "e.toml").write_text(tomli_w.dumps(OWN), encoding="utf-8")
+    monkeypatch.setitem(sys.modules, "nvflare", None)
+    monkeypatch.delitem(sys.modules, "nvflare.collab", raising=False)
+    printed = typed(f"submit {tmp_path / 'e.toml'} --to nvflare --admin {tmp_path}")
+    assert printed.code == 2
+    assert "pip install 'fedtailor[nvflare]'" in printed.err.replace("\n", " ")
+
+
+def test_an_exported_job_is_what_is_sent_and_nothing_else_is_written_over(tmp_path: Path, typed: Callable[..., Printed]) -> None:
+    (tmp_path / "e.toml").write_text(tomli_w.dumps(OWN), encoding="utf-8")
+    command = f"submit {tmp_path / 'e.toml'} --to nvflare --export {tmp_path / 'jobs'} --json"
+    assert json.loads(typed(command).out) == {"folder": str(tmp_path / "jobs" / "j")}
+    found = {p.relative_to(tmp_path / "jobs" / "j").as_posix(): p for p in (tmp_path / "jobs").rglob("*.*") if p.is_file()}
+    assert {name: path.read_text(encoding="utf-8") for name, path in found.items()} == files(parse(OWN))
+    assert typed(command).code == 0
+    (tmp_path / "jobs" / "j" / "notes.txt").touch()
+    assert "holds something else (notes.txt)" in typed(command).err.replace("\n", " ")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ pytest.importorskip("grpc")
 
 from commands import COMMAND, in_process, lines, read
 from fedtailor.config import Experiment
+from fedtailor.errors import ConfigError, RunError
+from fedtailor.flare.job import submit
 from fedtailor.folder import written
 from kits import LEAD, allow, provisioned, running, told, until, workers
 from owners import NAMES, Owners, owners
@@ -84,6 +87,22 @@ def test_flare_ends_in_the_bits_of_the_simulation(three: Owners, tmp_path: Path,
         assert (tmp_path / f"home-{name}" / "owners" / "adapter" / "adapter_config.json").is_file()
 
 
+def test_a_site_answers_no_other_site() -> None:
+    pytest.importorskip("nvflare.collab")
+    from fedtailor.flare.site import Participant
+
+    with pytest.raises(RunError, match="'south' has no letters"):
+        Participant("j").deliver("1", {}, b"", 0.0, context=SimpleNamespace(caller="south"))
+    with pytest.raises(RunError, match="'south' has no letters"):
+        Participant("j").collect("1", 0.0, context=SimpleNamespace(caller="south"))
+
+
+def test_a_folder_that_is_no_kit(three: Owners, tmp_path: Path) -> None:
+    pytest.importorskip("nvflare.collab")
+    with pytest.raises(ConfigError, match="is no startup kit"):
+        submit(tmp_path, tmp_path)
+
+
 @pytest.mark.skipif(os.environ.get("FEDTAILOR_SLOW") != "1", reason="takes minutes: FEDTAILOR_SLOW=1")
 @pytest.mark.timeout(1800)
 def test_a_consortium_goes_on_after_a_worker_was_killed(three: Owners, tmp_path: Path) -> None:
@@ -92,9 +111,9 @@ def test_a_consortium_goes_on_after_a_worker_was_killed(three: Owners, tmp_path:
     sections: dict[str, Any] = {"technique": {"kind": "prefix", "length": 3}, "rounds": 40}
     path, env = experiment_file(three.apart(**sections), tmp_path), environment(three, tmp_path)
     kits, state = provisioned(tmp_path, NAMES), tmp_path / "runs" / "owners" / "state" / "checkpoint.json"
-    submit = [*COMMAND, "submit", str(path), "--to", "nvflare", "--admin", str(kits / LEAD), "--wait", "--json"]
+    command = [*COMMAND, "submit", str(path), "--to", "nvflare", "--admin", str(kits / LEAD), "--wait", "--json"]
     with running(kits, env) as processes:
-        first = subprocess.Popen(submit, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        first = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         until("a first checkpoint", lambda: state.is_file() or first.poll() is not None, 400)
         assert state.is_file(), str(first.communicate()) + told(kits)
         for worker in workers(processes["north"]):
@@ -104,7 +123,7 @@ def test_a_consortium_goes_on_after_a_worker_was_killed(three: Owners, tmp_path:
         assert "submit it again" in told_first
         done = len(lines(tmp_path / "runs" / "owners"))
         assert 0 < done < 40
-        again = subprocess.run(submit, env=env, capture_output=True, text=True, timeout=800)
+        again = subprocess.run(command, env=env, capture_output=True, text=True, timeout=800)
         assert again.returncode == 0, again.stderr + told(kits)
     found = read(tmp_path / "runs" / "owners" / "summary.json")
     alone = three.simulated(tmp_path / "simulated", **sections)
