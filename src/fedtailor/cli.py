@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from fedtailor import __version__, cli_federation
+from fedtailor import __version__, cli_federation, cli_submit
 from fedtailor.cli_keys import app as keys_app
 from fedtailor.errors import ConfigError, FedtailorError, RunError, nearest
 
@@ -34,6 +34,7 @@ RunFolder = Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")]
 app.command()(cli_federation.serve)
 app.command()(cli_federation.join)
 app.command()(cli_federation.status)
+app.command()(cli_submit.submit)
 
 
 @app.callback(invoke_without_command=True)

@@ -17,7 +17,7 @@ from fedtailor.equip import Facts
 from fedtailor.errors import ConfigError, FedtailorError, RunError, nearest
 from fedtailor.evaluation import workers
 from fedtailor.federation.agreement import agreement
-from fedtailor.federation.dial import Dial
+from fedtailor.federation.ends import MemberEnd
 from fedtailor.federation.frames import Parcel
 from fedtailor.federation.remote import EXPERIMENT, FINISH, LETTER, READY, VALID
 from fedtailor.federation.shelf import Full, Shelf
@@ -53,7 +53,7 @@ class Member:
     def __init__(
         self,
         name: ClientId,
-        dial: Dial,
+        dial: MemberEnd,
         home: Path,
         own: Own,
         limits: Limits,

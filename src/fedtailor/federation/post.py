@@ -13,12 +13,13 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import grpc
 
 from fedtailor.core import ClientId
 from fedtailor.errors import RunError
+from fedtailor.federation.ends import Attached, Event
 from fedtailor.federation.frames import MAX_FRAME, Header, LineError, Parcel, pack, unpack
 from fedtailor.federation.line import Line
 
@@ -53,23 +54,6 @@ class Keys:
         self.credentials, self.admit, self.enrol, self.look = credentials, admit, enrol, look
 
 
-class Event(NamedTuple):
-    """What the conversation is told."""
-
-    kind: str  # attached | detached | parcel | said
-    member: ClientId
-    parcel: Parcel | None = None
-    header: Header = {}
-
-
-class Attached(NamedTuple):
-    """A member as the post sees it."""
-
-    line: Line
-    since: float | None  # seconds (monotonic) when it attached; None: it is away
-    left: float  # when it was last cut off
-
-
 class Post:
     """Attach members, carry parcels, answer who asks how it goes."""
 
@@ -88,6 +72,7 @@ class Post:
         self._keys, self._status = keys, status
         self._awaited: dict[ClientId, str] = {}  # the id of the reply that a member owes
         self._calls: dict[ClientId, tuple[int, Any]] = {}
+        self._lines: dict[ClientId, Line] = {}
         self._count = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="post", daemon=True)
@@ -113,7 +98,7 @@ class Post:
         self._soon(self._recall, member, id)
 
     def tell(self, member: ClientId, header: Header) -> None:
-        self._soon(lambda: self.members[member].line.tell(header) if member in self.members else None)
+        self._soon(lambda: self._line(member).tell(header) if member in self.members else None)
 
     def close(self, grace: float = 5.0) -> None:
         if self._thread.is_alive():
@@ -132,7 +117,7 @@ class Post:
         self._loop.call_soon_threadsafe(work, *args)
 
     def _line(self, member: ClientId) -> Line:
-        if member not in self.members:
+        if member not in self._lines:
 
             def received(parcel: Parcel) -> None:
                 if self._awaited.get(member) == parcel.id:
@@ -146,8 +131,9 @@ class Post:
                 lambda header: header.get("id") == self._awaited.get(member),
                 lambda header: self.events.put(Event("said", member, None, header)),
             )
+            self._lines[member] = line
             self.members[member] = Attached(line, None, time.monotonic())
-        return self.members[member].line
+        return self._lines[member]
 
     def _post(self, member: ClientId, parcel: Parcel, reply: bool) -> None:
         if reply:

@@ -16,8 +16,8 @@ from fedtailor.engines.cache import Cache
 from fedtailor.engines.clients import Clients, Place, Sites
 from fedtailor.engines.states import States
 from fedtailor.errors import RunError
+from fedtailor.federation.ends import ServerEnd
 from fedtailor.federation.frames import Header, Parcel
-from fedtailor.federation.post import Post
 from fedtailor.filters import NOTHING, Filter
 from fedtailor.ledger import Ledger
 from fedtailor.trees import is_finite
@@ -62,7 +62,7 @@ class Remote:
         workers: Workers | Crew,
         states: States,
         ledger: Ledger,
-        post: Post,
+        post: ServerEnd,
         up: Filter,
         down: Filter,
         seed: int,

@@ -16,6 +16,7 @@ from fedtailor.equip import Facts
 from fedtailor.errors import ConfigError
 from fedtailor.evaluation import broadcast_of, workers
 from fedtailor.federation.agreement import agreement, difference
+from fedtailor.federation.ends import ServerEnd
 from fedtailor.federation.frames import Header, Parcel
 from fedtailor.federation.post import Keys, Post
 from fedtailor.federation.remote import EXPERIMENT, FINISH, TICK, Remote, Rules
@@ -51,16 +52,24 @@ def serve(
         post.open()
         try:
             watch.notice(f"listening on {address.rpartition(':')[0]}:{post.port}")
-            world = _gathered(experiment, out, post, watch)
-            make_folder(experiment, out)
-            with writing(out):
-                record(world.facts, out)
-                return Server(world, post, watch, told).conduct(out)
+            return gather(experiment, out, post, watch, told)
         finally:
             post.close()
 
 
-def attached(post: Post) -> dict[ClientId, dict[str, Any]]:
+def gather(experiment: Experiment, out: Path, post: ServerEnd, watch: Watch, told: dict[str, Any]) -> dict[str, Any]:
+    """Conduct an experiment with the members at the other end of `post`; `told` is kept up to date.
+
+    Raises: as `serve`.
+    """
+    world = _gathered(experiment, out, post, watch)
+    make_folder(experiment, out)
+    with writing(out):
+        record(world.facts, out)
+        return Server(world, post, watch, told).conduct(out)
+
+
+def attached(post: ServerEnd) -> dict[ClientId, dict[str, Any]]:
     """Who is there, for people who ask."""
     now = time.monotonic()
     return {
@@ -74,7 +83,7 @@ def attached(post: Post) -> dict[ClientId, dict[str, Any]]:
     }
 
 
-def _gathered(experiment: Experiment, out: Path, post: Post, watch: Watch) -> World:
+def _gathered(experiment: Experiment, out: Path, post: ServerEnd, watch: Watch) -> World:
     """The server's world: its members are those of the partition that the experiment names, those of the run that goes on, or the first
     `clients.count` that come."""
     watch.stage("loading data and model")
@@ -109,7 +118,7 @@ def _check_own(experiment: Experiment) -> None:
 class Server:
     """A world, its members' lines, and the run that goes over them."""
 
-    def __init__(self, world: World, post: Post, watch: Watch, told: dict[str, Any]) -> None:
+    def __init__(self, world: World, post: ServerEnd, watch: Watch, told: dict[str, Any]) -> None:
         self.world, self.post, self.watch, self.told = world, post, watch, told
         self.ours = agreement(world, world.facts)
         values = json.dumps({"experiment": written(world.experiment), "facts": world.facts._asdict()})
