@@ -102,7 +102,8 @@ class Dial:
         self._thread.start()
 
     def send(self, parcel: Parcel) -> None:
-        self._loop.call_soon_threadsafe(self._line.send, parcel)
+        with contextlib.suppress(RuntimeError):  # the line has ended: its reason is in the inbox
+            self._loop.call_soon_threadsafe(self._line.send, parcel)
 
     def drain(self, seconds: float) -> None:
         """Wait until the other side has everything, but not for longer."""
@@ -123,6 +124,7 @@ class Dial:
         self._task = self._loop.create_task(self._stay())
         with contextlib.suppress(asyncio.CancelledError):
             self._loop.run_until_complete(self._task)
+        self._loop.close()
 
     def _told(self, header: Header) -> None:
         if header.get("is") == "bye":

@@ -106,6 +106,8 @@ class Post:
                 asyncio.run_coroutine_threadsafe(self._close(grace), self._loop).result(grace + 5)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(5)
+            if not self._thread.is_alive():
+                self._loop.close()
 
     def attached(self, member: ClientId) -> bool:
         known = self.members.get(member)

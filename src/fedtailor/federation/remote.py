@@ -203,7 +203,7 @@ class Remote:
             self._owed[client] = owed
             if not view:
                 self.ledger.add(client, letters=1, bytes_down=len(owed.blob))
-            if client in self.ready:
+            if client in self._agreed:  # also while it is cut off: its line has the letter when it is back
                 self._write(client, owed)
 
     def _write(self, client: ClientId, owed: Owed) -> None:
