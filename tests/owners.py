@@ -159,6 +159,11 @@ class Federation:
         if wait:
             self.until(rf"^{name} is (attached|refused)")
 
+    def wait(self, name: str, seconds: float = 60) -> dict[str, Any] | BaseException:
+        """What became of a member."""
+        self._threads[name].join(seconds)
+        return self.members[name]
+
     def end(self, seconds: float = 120) -> Served:
         self._thread.join(seconds)
         for thread in self._threads.values():

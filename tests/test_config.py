@@ -83,7 +83,9 @@ FULL: dict[str, Any] = {
     },
     "filters": {"up": ["int8", "bf16"], "down": ["bf16"]},
     "engine": {
-        "kind": "local",
+        "kind": "ray",
+        "address": "auto",
+        "actors": 2,
         "stacked": False,
         "group": 3,
         "workers": 2,
@@ -316,7 +318,9 @@ WRONG = {
     },
     "filters": {"up": ["int8", [3]], "down": [3]},
     "engine": {
-        "kind": ["ray"],
+        "kind": ["dask"],
+        "address": [3],
+        "actors": [-1],
         "stacked": ["perhaps"],
         "group": [-1],
         "workers": [-1],

@@ -41,6 +41,10 @@ class Process:
                 [*COMMAND, *words], stdout=subprocess.DEVNULL, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}
             )
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def until(self, pattern: str, seconds: float = 120) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end:

@@ -381,7 +381,8 @@ def main() -> None:
     except KeyboardInterrupt:
         code = 130
     if code == 130:
-        err.print("interrupted: the last checkpoint is kept; add --resume to go on", soft_wrap=True)
+        then = "join again to go on" if "join" in sys.argv[1:2] else "the last checkpoint is kept; add --resume to go on"
+        err.print(f"interrupted: {then}", soft_wrap=True)
     sys.exit(code or 0)
 
 

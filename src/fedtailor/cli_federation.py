@@ -109,6 +109,10 @@ def join(
 
     if not data and not simulate:
         raise ConfigError("name your data with --data PATH (or --simulate, where this machine has the experiment's own)")
+    if re.search(r"^[.~/]|\.\w+$", data) and not Path(data).expanduser().exists():
+        from fedtailor.data.readers import absent
+
+        raise absent(Path(data).expanduser())
     both = tuple(part.strip() for part in pair.split(",")) if pair else None
     if both is not None and len(both) != 2:
         raise ConfigError(f"--pair '{pair}': write two columns, FIRST,SECOND")

@@ -139,7 +139,9 @@ class FiltersSection(Section):
 
 
 class EngineSection(Section):
-    kind: Literal["local"] = "local"
+    kind: Literal["local", "ray"] = "local"
+    address: str = Field("", description='of a Ray cluster: "auto" or host:port; "" starts one on this machine')
+    actors: int = Field(0, ge=0, description="of Ray; 0: one a GPU of the cluster, or without GPUs one for every two cores")
     stacked: bool = Field(True, description="train many clients in one stacked call; false gives the bits of a deployment")
     group: int = Field(0, ge=0, description="clients in a stacked call; 0 chooses")
     workers: int = Field(0, ge=0, description="threads that each train a group; 0 chooses")
@@ -245,7 +247,7 @@ def assign(values: dict[str, Any], parts: Sequence[str], value: Any) -> None:
         section = section.setdefault(part, {})
         if not isinstance(section, dict):
             raise ConfigError(f"'{'.'.join(parts)}': '{part}' is a value, not a section")
-    if parts[-1] == "kind" and section.get("kind") not in (None, value):
+    if parts[-1] == "kind" and parts[0] != "data" and section.get("kind") not in (None, value):
         section.clear()  # options belong to a kind: another kind starts with its own defaults
     section[parts[-1]] = value
 

@@ -17,12 +17,11 @@ from fedtailor import memory, wire
 from fedtailor.config import Experiment
 from fedtailor.core import SERVER, ClientId, Tree, stream
 from fedtailor.engines.engine import Engine
-from fedtailor.engines.local import Local
 from fedtailor.engines.states import States
 from fedtailor.errors import RunError
-from fedtailor.evaluation import broadcast_of, evaluate, validate, workers
-from fedtailor.filters import chain
+from fedtailor.evaluation import broadcast_of, evaluate, validate
 from fedtailor.folder import CLIENTS, ROUNDS, SUMMARY, check_folder, defined, keep_rounds, make_folder, record, writing
+from fedtailor.launch import check_engine, engine_for
 from fedtailor.ledger import COLUMNS, Ledger
 from fedtailor.simulation import BASELINES, World, build
 from fedtailor.tracking import check_trackers, tracker
@@ -47,6 +46,7 @@ def run(experiment: Experiment, out: Path, resume: bool = False, watch: Watch = 
     """
     check_folder(experiment, out, resume)
     check_trackers(experiment)
+    check_engine(experiment)
     watch.stage("loading data and model")
     memory.keep()
     memory.forget_peak()
@@ -54,26 +54,7 @@ def run(experiment: Experiment, out: Path, resume: bool = False, watch: Watch = 
     make_folder(experiment, out)  # only now: a mistake in the experiment leaves nothing behind
     with writing(out):
         record(world.facts, out)
-        return conduct(world, out, watch, functools.partial(_local, world, watch))
-
-
-def _local(world: World, watch: Watch, states: States, ledger: Ledger) -> Local:
-    experiment = world.experiment
-    return Local(
-        world.algorithm,
-        world.sites,
-        workers(world, world.flops, world.looks),
-        states,
-        ledger,
-        up=chain(experiment.filters.up),
-        down=chain(experiment.filters.down),
-        seed=experiment.seed,
-        stacked=experiment.engine.stacked,
-        deadline=experiment.clients.deadline,
-        notice=watch.notice,
-        progress=watch.client,
-        server=world.job.server,
-    )
+        return conduct(world, out, watch, functools.partial(engine_for, world, watch.notice, watch.client))
 
 
 def conduct(

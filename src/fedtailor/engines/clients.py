@@ -44,6 +44,8 @@ class Done(NamedTuple):
 class Clients:
     """Runs client handlers, alike asks of several clients in one call where `stacked`."""
 
+    lanes = 1
+
     def __init__(
         self,
         algorithm: Algorithm,
@@ -95,6 +97,9 @@ class Clients:
                 reply, memory = self.up.apply(reply, stored[client].get("filter", {}))
             self._keep(client, own, memory)
             yield Done(client, reply, spent[client], passed[client])
+
+    def close(self) -> None:
+        self.workers.close()
 
     def _cost(self, client: ClientId, ask: Ask | list[Step], result: object) -> Iterator[tuple[float, float]]:
         """(operations, example passes) of what was asked for."""

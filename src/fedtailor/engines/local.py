@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from fedtailor import wire
 from fedtailor.core import (
@@ -34,6 +34,21 @@ SPOOL = 1 << 20
 """Bytes from which a reply waits on disk instead of in memory."""
 WAVE = 32
 """Clients whose handlers are open at a time; large trees go in smaller waves."""
+
+
+class Hands(Protocol):
+    """Who works: `Clients`, or what spreads them over machines."""
+
+    @property
+    def lanes(self) -> int:
+        """How many waves' worth of letters go to work at a time."""
+        ...
+
+    def work(self, letters: Mapping[ClientId, Message], at: Place, sites: Sites, free: bool = False) -> Iterator[Done]:
+        """As `Clients.work`."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class Reply(NamedTuple):
@@ -69,12 +84,13 @@ class Local:
         notice: Callable[[str], None] = lambda line: None,
         progress: Callable[[ClientId], None] = lambda client: None,
         server: Device = Device(),
+        spread: Callable[[Clients], Hands] = lambda clients: clients,
     ) -> None:
         self.algorithm, self.sites, self.workers, self.ledger = algorithm, sites, workers, ledger
         self.up, self.down, self.seed, self.deadline = up, down, seed, deadline
         self.server = server
         self.notice, self.progress = notice, progress
-        self._clients = Clients(algorithm, workers, states, up, seed, stacked, notice, progress)
+        self._clients = spread(Clients(algorithm, workers, states, up, seed, stacked, notice, progress))
         steps = workers.of(SERVER).steps
         self._cache = steps.cache if steps else Cache()
         self._cache.lie(states.folder)
@@ -165,7 +181,7 @@ class Local:
             yield from self._wave_of(wave, letters, opened, round, sites, free)
 
     def _wave(self, message: Message) -> int:
-        return WAVE if nbytes(message.body) < 16 * SPOOL else self.workers.count
+        return self._clients.lanes * (WAVE if nbytes(message.body) < 16 * SPOOL else self.workers.count)
 
     def _carry(self, message: Message, free: bool) -> tuple[int, Message]:
         if free:
@@ -239,5 +255,5 @@ class Local:
         self._cache.remove()
 
     def close(self) -> None:
-        self.workers.close()
+        self._clients.close()
         self._spool.cleanup()

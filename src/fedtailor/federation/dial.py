@@ -127,6 +127,7 @@ class Dial:
     def _told(self, header: Header) -> None:
         if header.get("is") == "bye":
             self._bye = str(header.get("why", "it gave no reason"))[:500]
+            raise LineError(self._bye)  # ends the connection
 
     async def _stay(self) -> None:
         pause, said = FIRST, ""
@@ -139,7 +140,7 @@ class Dial:
                 if error.code() in FINAL and not self._bye:
                     self._bye = why
             except LineError as error:
-                self._bye = f"the server at {self._address} does not keep to the protocol: {error}"
+                self._bye = self._bye or f"the server at {self._address} does not keep to the protocol: {error}"
             if self._bye:
                 self.inbox.put(RunError(self._bye))
                 return

@@ -26,6 +26,8 @@ def server_doors(folder: Path | None) -> Keys:
     """
     if folder is None:
         return Keys()
+    if not (folder / "authority.pem").is_file():
+        raise ConfigError(f"'{folder}' holds no authority: make one with `fedtailor keys init`, or name its folder with --keys")
     mine = keys.server_identity(folder)
     credentials = grpc.ssl_server_credentials([(mine.key, mine.certificate)], mine.authority, require_client_auth=True)
 

@@ -20,7 +20,7 @@ from fedtailor.federation.agreement import agreement
 from fedtailor.federation.dial import Dial
 from fedtailor.federation.frames import Parcel
 from fedtailor.federation.remote import EXPERIMENT, FINISH, LETTER, READY, VALID
-from fedtailor.federation.shelf import Shelf
+from fedtailor.federation.shelf import Full, Shelf
 from fedtailor.filters import chain
 from fedtailor.simulation import OWN, World, build, of_member
 
@@ -176,15 +176,18 @@ class Member:
             self._allowed(message, at.round, parcel.size, view)
             self.shelf.begin(own, kept)
             note, reply = self._answer(message, at, view)
+            content = wire.encode(reply) if view else self.shelf.reply(parcel.id, note, reply)
         except (FedtailorError, KeyError, ValueError, TypeError, RuntimeError) as error:
             why = " ".join(str(error).split())[:500] or type(error).__name__
             self.notice(f"a letter of the server is refused: {why}")
             self.dial.send(Parcel(parcel.id, {"is": LETTER, "why": why}, b""))
+            if isinstance(error, Full):
+                self.dial.drain(5.0)
+                raise
             return
         finally:
             if isinstance(parcel.content, Path):
                 parcel.content.unlink(missing_ok=True)
-        content = wire.encode(reply) if view else self.shelf.reply(parcel.id, note, reply)
         self._bytes += len(content) if isinstance(content, bytes) else content.stat().st_size
         self.dial.send(Parcel(parcel.id, note, content))
 

@@ -42,6 +42,8 @@ def serve(
     """
     if experiment.algorithm.kind in BASELINES:
         raise ConfigError(f"algorithm.kind '{experiment.algorithm.kind}' trains where all data is in one place: use run")
+    if experiment.data.name == OWN:
+        _check_own(experiment)
     check_folder(experiment, out, resume)
     told: dict[str, Any] = {"name": experiment.name, "rounds": experiment.rounds, "round": 0, "stage": "waiting for members"}
     with tempfile.TemporaryDirectory(prefix="fedtailor-") as folder:
@@ -78,11 +80,6 @@ def _gathered(experiment: Experiment, out: Path, post: Post, watch: Watch) -> Wo
     watch.stage("loading data and model")
     if experiment.data.name != OWN:
         return build(experiment)
-    kind, labels = experiment.data.kind, experiment.data.labels
-    if kind == "auto":
-        raise ConfigError("data.kind: with data.name = 'own' say what the members' data is: text, image, language or instruction")
-    if kind in ("text", "image") and len(labels) < 2:
-        raise ConfigError("data.labels: with data.name = 'own' name the classes, two at least")
     count = experiment.clients.count
     members = facts_of(out).clients if (out / FACTS).is_file() else []
     watch.stage("waiting for members")
@@ -95,7 +92,18 @@ def _gathered(experiment: Experiment, out: Path, post: Post, watch: Watch) -> Wo
         if said >= count:
             members = sorted(here)
         time.sleep(TICK)
-    return of_server(experiment, Facts(kind, labels, bool(experiment.data.pair), members, 0))
+    return of_server(experiment, Facts(experiment.data.kind, experiment.data.labels, bool(experiment.data.pair), members, 0))
+
+
+def _check_own(experiment: Experiment) -> None:
+    """Raises:
+    ConfigError: what nobody can read off data that is not here is not said.
+    """
+    kind, labels = experiment.data.kind, experiment.data.labels
+    if kind == "auto":
+        raise ConfigError("data.kind: with data.name = 'own' say what the members' data is: text, image, language or instruction")
+    if kind in ("text", "image") and len(labels) < 2:
+        raise ConfigError("data.labels: with data.name = 'own' name the classes, two at least")
 
 
 class Server:

@@ -16,6 +16,10 @@ from fedtailor.core import ClientId, Message, Tree
 from fedtailor.errors import RunError
 
 
+class Full(RunError):
+    """Nothing more can be kept: it is no use to go on."""
+
+
 class Shelf:
     """A folder; the `Owner` of engines/clients.py for one client. `begin` says which own state is the present one."""
 
@@ -60,7 +64,7 @@ class Shelf:
             self.now = _digest(temporary)
             temporary.replace(self._path(self.now))
         except OSError as error:
-            raise RunError(f"{self.folder}: cannot write state ({error.strerror}): free space, then join again") from error
+            raise Full(f"{self.folder}: cannot write state ({error.strerror}): free space, then join again") from error
 
     def replied(self, id: str) -> tuple[Mapping[str, Any], Path] | None:
         """(note, content) of the reply to this letter, if it was the last one answered."""
@@ -82,7 +86,7 @@ class Shelf:
             text = json.dumps({"id": id, "note": dict(note), "content": content.name})
             wire.atomically(self.folder / "reply.json", lambda path: path.write_text(text, encoding="utf-8"))
         except OSError as error:
-            raise RunError(f"{self.folder}: cannot write a reply ({error.strerror}): free space, then join again") from error
+            raise Full(f"{self.folder}: cannot write a reply ({error.strerror}): free space, then join again") from error
         for path in before:
             if path != content:
                 path.unlink(missing_ok=True)
