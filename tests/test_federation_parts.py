@@ -75,6 +75,16 @@ def test_a_member_holds_its_ends_and_keeps_them(three: Owners, tmp_path: Path, m
         assert {int(re.search(r"layer\.(\d+)\.", n)[1]) for n in middle} == set(range(FRONTS[name], 2))  # type: ignore[index]
 
 
+def test_a_look_loses_nothing_that_is_under_way(three: Owners, tmp_path: Path) -> None:
+    """Nobody waits, so a round is over while others are at work: all make their passes, and all are judged each time."""
+    sections: dict[str, Any] = {"rounds": 4, "engine": {"ordered": False}, "train": {"batch": 2}, "evaluate": {"every": 1}}
+    served = federated(three, tmp_path, **FLEXP, **sections)
+    assert isinstance(served.summary, dict), (served.summary, served.notices)
+    rows = served.summary["train_rows"]
+    assert served.summary["example_passes"] == 4 * rows
+    assert not [line for line in served.notices if "set aside" in line or "not judged" in line or "no reply" in line]
+
+
 def test_what_counts_layers_is_refused(three: Owners) -> None:
     for options in ({"front": "optimal"}, {"front": 1, "devices": [{"name": "phone", "memory_mb": 100.0}]}):
         devices = options.pop("devices", [])
