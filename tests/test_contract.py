@@ -111,6 +111,7 @@ def holds_no_example(seen: Seen, examples: list[torch.Tensor]) -> None:
             ("moved", "seed"),
             ("said", "classes"),
             ("sent", "attention_mask"),
+            ("shown", "attention_mask"),
             ("sent", "rows"),
         ):
             assert seen.reply.verb in COUNTS, name

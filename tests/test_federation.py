@@ -26,6 +26,18 @@ def three(tmp_path_factory: pytest.TempPathFactory, folders: Callable[[str], Pat
         pytest.param({"algorithm": {"kind": "fedex"}}, id="fedex, lora"),
         pytest.param({"algorithm": {"kind": "scaffold"}, "train": {"optimizer": "sgd"}}, id="scaffold, lora"),
         pytest.param({"algorithm": {"kind": "flexp", "front": 1, "back": 0}}, id="flexp, lora"),
+        pytest.param({"algorithm": {"kind": "flexp", "front": [0, 1], "back": 0}}, id="flexp, cut in two ways"),
+        pytest.param(
+            {"algorithm": {"kind": "splitfed", "front": 0, "back": 1}, "technique": {"kind": "full"}}, id="splitfed, full"
+        ),
+        pytest.param(
+            {
+                "algorithm": {"kind": "pfsl", "front": 1, "back": 0},
+                "technique": {"kind": "prefix", "length": 2},
+                "train": {"steps": 2},
+            },
+            id="pfsl, prefix",
+        ),
         pytest.param({"filters": {"up": ["int8"], "down": ["bf16"]}}, id="fedavg, int8 with error feedback"),
         pytest.param({"algorithm": {"kind": "asynchronous"}}, id="asynchronous, lora"),
         pytest.param({"technique": {"kind": "full"}, "clients": {"per_round": 2}}, id="fedavg, full, two a round"),
@@ -45,5 +57,6 @@ def test_what_is_simulated_is_what_is_deployed(three: Owners, tmp_path: Path, se
         told = served.members[name]
         assert isinstance(told, dict), told
         assert told["state_hash"] == alone["state_hash"]
-        assert (Path(told["adapter"]) / "adapter_config.json").is_file() or sections.get("technique") == {"kind": "full"}
+        kept = "ends.json" if "front" in sections.get("algorithm", {}) else "adapter_config.json"
+        assert (Path(told["adapter"]) / kept).is_file() or sections.get("technique") == {"kind": "full"}
     assert read(tmp_path / "run" / "summary.json")["state_hash"] == alone["state_hash"]

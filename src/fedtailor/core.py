@@ -284,6 +284,7 @@ class Algorithm(NamedTuple):
     answer: Callable[[State, list[ClientId]], Talk]  # evaluation is a conversation too; returns replies by client
     model: Callable[[State], Tree]  # the tree that a newcomer gets, and that is exported
     personal: Callable[[Tree | None, Tree, Site], Tree] | None = None  # (own, broadcast, site) -> a client's own tree
+    said: Callable[[State, ClientId], Tree] | None = None  # that broadcast, where the letters of `answer` do not hold it
     trains: bool = True  # it moves tensors, so the technique must have some
     of_all_kinds: bool = False  # no tree crosses: clients may differ in technique and backbone
     splits: bool = False  # a client holds a part of the model only

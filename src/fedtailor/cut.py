@@ -14,7 +14,7 @@ else: weights of absent layers stay on disk.
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -152,11 +152,18 @@ def only(model: Any, part: Part) -> Any:
 def partial_class(cls: type[Any], held: Sequence[Part]) -> type[Any]:
     """The class of transformers with a constructor that makes these parts only, so that nothing else is loaded, and a forward that
     begins with hidden states or ends with them where the part does."""
-    last, first = any(part.last for part in held), any(part.first for part in held)
+    return _partial(cls, any(part.first for part in held), any(part.last for part in held), lambda depth: held)
 
+
+def ends_class(cls: type[Any], front: int, back: int) -> type[Any]:
+    """The same of a front and a back of so many layers, whatever lies between them."""
+    return _partial(cls, True, True, lambda depth: parts(depth, front, back)[::2])
+
+
+def _partial(cls: type[Any], first: bool, last: bool, held: Callable[[int], Sequence[Part]]) -> type[Any]:
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, config, *args, **kwargs)
-        sever(self, held)
+        sever(self, held(len(layers_of(self.base_model)[1])))
 
     def forward(self: Any, hidden_states: Tensor | None = None, past_key_values: Any = None, **inputs: Any) -> Any:
         run = super(made, self).forward if last else self.base_model

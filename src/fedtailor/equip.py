@@ -15,6 +15,8 @@ from fedtailor.backbone import Backbone, positions, similar_words
 from fedtailor.backbone import load as load_backbone
 from fedtailor.config import DeviceSection, Experiment, ModelSection, TechniqueSection
 from fedtailor.core import Algorithm, ClientId, Device, Job, Site, stream
+from fedtailor.cut import ends_class
+from fedtailor.ends import Ends, technique_of
 from fedtailor.engines.training import Flops, no_flops
 from fedtailor.errors import ConfigError, first_line
 from fedtailor.filters import FEEDBACK, base
@@ -75,8 +77,8 @@ class Model:
         return replace(self, backbone=kit.backbone, technique=kit.technique, kits=())
 
 
-def equip(experiment: Experiment, facts: Facts) -> Model:
-    """Load the model that the experiment names, for data of which no more is known than these facts.
+def equip(experiment: Experiment, facts: Facts, ends: Ends | None = None) -> Model:
+    """Load the model that the experiment names, for data of which no more is known than these facts; with `ends`, these and no more.
 
     Raises:
         ConfigError, DataError: one line: what, where, nearest valid choice.
@@ -90,13 +92,18 @@ def equip(experiment: Experiment, facts: Facts) -> Model:
     def loaded(model: str, reads_words: bool, embeds: bool) -> Backbone:
         """A backbone once, however many kinds of clients use it; the section as text, as it has no hash."""
         section = ModelSection.model_validate_json(model)
-        return load_backbone(section, facts.kind, facts.labels, seed, device, dtype, reads_words, embeds)
+        if not ends:
+            return load_backbone(section, facts.kind, facts.labels, seed, device, dtype, reads_words, embeds)
+        made = functools.partial(ends_class, front=ends.front, back=ends.back)
+        found = load_backbone(section, facts.kind, facts.labels, seed, device, dtype, made=made)
+        return found._replace(unread=ends.unread)
 
     def kit(model: ModelSection, technique: TechniqueSection) -> Kit:
         options = checked(choose(TECHNIQUES, "technique", technique.kind), "technique", technique.options, "backbone")
         backbone = loaded(model.model_dump_json(), technique.kind == "template", technique.kind == "retriever")
         try:
-            return Kit(backbone, TECHNIQUES[technique.kind](backbone, **options))
+            make = functools.partial(TECHNIQUES[technique.kind], **options)
+            return Kit(backbone, technique_of(ends, technique.kind, backbone, make) if ends else make(backbone))
         except (RuntimeError, MemoryError) as error:  # torch's word for memory that there is not
             raise ConfigError(f"technique.kind '{technique.kind}' with {options} does not fit: {first_line(error)}") from error
 
@@ -142,7 +149,7 @@ def equip(experiment: Experiment, facts: Facts) -> Model:
     if not algorithm.splits:
         for each in (Kit(backbone, technique), *kits):
             _fits_memory(experiment, each.backbone)
-    if algorithm.trains and not numel(technique.init):
+    if algorithm.trains and not (ends or numel(technique.init)):
         raise ConfigError(
             f"technique '{kind}' has nothing to train: algorithm {experiment.algorithm.kind} needs another one, "
             "or set algorithm.kind to prompt-search (template), rag (retriever) or zero-shot"

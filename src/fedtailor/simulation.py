@@ -16,7 +16,8 @@ from fedtailor.config import Experiment
 from fedtailor.core import SERVER, ClientId, Site, seed_of, stream
 from fedtailor.data.examples import Store, Subset
 from fedtailor.data.sources import Source, owned
-from fedtailor.engines.training import Flops
+from fedtailor.ends import Ends
+from fedtailor.engines.training import Flops, no_flops
 from fedtailor.equip import Facts, Kit, Model, equip
 from fedtailor.errors import ConfigError, DataError
 from fedtailor.ledger import count_flops
@@ -88,16 +89,22 @@ def build(experiment: Experiment) -> World:
     return furnish(experiment, source, clients, Facts(source.kind, source.labels, pairs, sorted(clients), public))
 
 
-def furnish(experiment: Experiment, source: Source, clients: dict[ClientId, Split], facts: Facts) -> World:
-    """The world of these facts with the data that is here: of all clients in a simulation, of one or of none in a federation.
+def furnish(
+    experiment: Experiment, source: Source, clients: dict[ClientId, Split], facts: Facts, ends: Ends | None = None
+) -> World:
+    """The world of these facts with the data that is here: of all clients in a simulation, of one or of none in a federation. With
+    `ends` only these of the model are here.
 
     Raises: as `build`.
     """
     from fedtailor.data.encode import encode
     from fedtailor.data.partition import describe
 
-    model = equip(experiment, facts)
-    model.algorithm.init(model.technique.init)  # an algorithm that this technique does not suit says so now, not after a round
+    model = equip(experiment, facts, ends)
+    if not ends:  # else the server has looked
+        model.algorithm.init(
+            model.technique.init
+        )  # an algorithm that this technique does not suit says so now, not after a round
 
     @functools.cache
     def encoded(at: int) -> Stores:
@@ -114,7 +121,8 @@ def furnish(experiment: Experiment, source: Source, clients: dict[ClientId, Spli
     counts = describe({c: s.train for c, s in clients.items()}, labels)
     sites, valid_sites = _sites(model, clients, stores)
     ragged = source.kind != "image"
-    flops, looks = _counted(model, Kit(model.backbone, model.technique), ragged)
+    # Parts are counted by themselves (part_costs.py).
+    flops, looks = (no_flops, no_flops) if ends else _counted(model, Kit(model.backbone, model.technique), ragged)
     costs = [_counted(model, kit, ragged) for kit in model.kits]
     kits = tuple(kit._replace(flops=train, looks=look) for kit, (train, look) in zip(model.kits, costs, strict=True))
     return World(
@@ -130,15 +138,15 @@ def furnish(experiment: Experiment, source: Source, clients: dict[ClientId, Spli
     )
 
 
-def of_member(experiment: Experiment, facts: Facts, client: ClientId) -> World:
-    """The world of one member, who has no data but its own.
+def of_member(experiment: Experiment, facts: Facts, client: ClientId, ends: Ends | None = None) -> World:
+    """The world of one member, who has no data but its own, and where a model is cut no more of it than its ends.
 
     Raises:
         DataError: its data does not suit the federation: another kind, a column that is not there, a class that nobody else has.
     """
     source = owned(experiment.data, facts.kind, facts.labels, facts.pairs, experiment.seed)
     rows = np.arange(len(source.train))
-    return furnish(experiment, source, {client: _split(client, rows, experiment, experiment.seed)}, facts)
+    return furnish(experiment, source, {client: _split(client, rows, experiment, experiment.seed)}, facts, ends)
 
 
 def of_server(experiment: Experiment, facts: Facts) -> World:

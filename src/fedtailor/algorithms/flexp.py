@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fedtailor.algorithms.split_client import order_of
-from fedtailor.algorithms.split_rules import Rules, ground
+from fedtailor.algorithms.split_rules import Rules, dealt, ground
 from fedtailor.algorithms.split_server import steps
 from fedtailor.algorithms.split_training import own_middle, split_algorithm
 from fedtailor.core import Algorithm, ClientId, Job, Site, State, Talk, Tree
@@ -64,7 +64,7 @@ def flexp(
     def cut(site: Site) -> tuple[int, int]:
         """The cut of this client; one that its device has no memory for is refused."""
         if fronts and not site.device.memory:
-            return fronts[site.number % len(fronts)], backs[site.number % len(backs)]
+            return dealt(fronts, site.number), dealt(backs, site.number)
         data = site.data["train"]
         widths = [int(data.lengths[rows].max()) for rows in order_of(job, site, 1)] or [1]
         sizes = (job.plan.batch, int(np.median(widths)), int(max(data.lengths, default=1)))

@@ -81,10 +81,9 @@ def handlers(on: Ground) -> dict[str, Handler]:
             mine = {**mine, "kept": kept}
         if "new" in mine and "kept" not in msg.info:  # the server has no room for what it was sent whole
             mine = {**mine, "bases": {row: h for row, h in mine["bases"].items() if row not in mine["new"]}}
-        if MASK in batch and batch[MASK].shape[1] > hidden.shape[1]:  # the head reads no more than this
-            batch = {name: x[:, : hidden.shape[1]] if x.dim() == 2 else x for name, x in batch.items()}
+        given = {**shortened(batch, hidden), HIDDEN: hidden}
         seed = on.seed(site.seed, site.id, "back", number, step)
-        found = yield Slope(on.job.loss, on.cut(*mine["cut"])[2], mine["back"], {**batch, HIDDEN: hidden}, seed=seed)
+        found = yield Slope(on.job.loss, on.cut(*mine["cut"])[2], mine["back"], given, seed=seed)
         mine = descended(mine, "back", found.params, {"pass": number, "step": step, "steps": len(order)})
         info = info_of(site, number, step, len(order), mine["cut"], examples=len(rows))
         body = {"gradient": found.hidden} if "wanted" in msg.info else {}
@@ -127,9 +126,16 @@ def order_of(job: Job, site: Site, number: int) -> list[np.ndarray]:
     return batches(job.plan, site.data["train"].lengths, site._replace(round=number).random("split"))
 
 
-def batch_of(site: Site, rows: np.ndarray) -> dict[str, Any]:
-    data = site.data["train"]
+def batch_of(site: Site, rows: np.ndarray, split: str = "train") -> dict[str, Any]:
+    data = site.data[split]
     return data.batch(rows, int(data.lengths[rows].max()), len(rows))
+
+
+def shortened(batch: Tree, hidden: torch.Tensor) -> Tree:
+    """The batch beside hidden states that are fewer: the head reads no more than these."""
+    if MASK not in batch or batch[MASK].shape[1] <= hidden.shape[1]:
+        return batch
+    return {name: x[:, : hidden.shape[1]] if x.dim() == 2 else x for name, x in batch.items()}
 
 
 def lengths_of(batch: Tree, hidden: torch.Tensor) -> list[int]:

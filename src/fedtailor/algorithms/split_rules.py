@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fedtailor.algorithms.fedavg import one_size
@@ -96,6 +96,11 @@ def ground(job: Job, name: str, rules: Rules) -> Ground:
     if job.plan.dropout:  # what a frozen front says is something else each time: there is nothing to keep
         rules = rules._replace(cache=0)
     return Ground(job, job.layers, rules)
+
+
+def dealt(layers: int | Sequence[int], number: int) -> int:
+    """Layers of the client of this place: one number for all, or a list that is dealt to the clients in turn."""
+    return layers if isinstance(layers, int) else layers[number % len(layers)]
 
 
 def place_of(given: Mapping[str, Any], further: int = 0) -> dict[str, float]:

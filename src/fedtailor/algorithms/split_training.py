@@ -6,7 +6,8 @@
     server  its step on the middle; gradient of h1                    down, if the front trains
     client  its step on the front
 Labels and texts stay at home; the attention mask goes up. split_rules.py says what tells one algorithm from another, split_client.py and
-split_server.py are the two sides, split_middle.py is what the server computes, split_deltas.py what is sent where only changes are.
+split_server.py are the two sides, split_middle.py is what the server computes, split_deltas.py what is sent where only changes are,
+split_looks.py is the evaluation.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from fedtailor.algorithms import split_client, split_middle
+from fedtailor.algorithms import split_client, split_looks, split_middle
 from fedtailor.algorithms.split_rules import Ground
-from fedtailor.core import Algorithm, ClientId, Message, State, Talk, Tree, answer_with
+from fedtailor.core import Algorithm, ClientId, State, Talk, Tree
 
 
 def split_algorithm(
@@ -30,7 +31,7 @@ def split_algorithm(
     """A split algorithm, from its round (of `split_server.steps`).
 
     Args:
-        said: what a client is sent to judge itself: the middle, and the ends that are not its own.
+        said: what a client is judged with: the middle, and the ends that are not its own.
         check: refuses trees that do not suit. `more`: what else its state has.
     """
     personal = functools.partial(split_client.personal, on)
@@ -45,17 +46,14 @@ def split_algorithm(
         after = yield from round(state, cohort)
         return {**after, "round": state["round"] + 1}
 
-    def answer(state: State, cohort: list[ClientId]) -> Talk:
-        return (yield {c: Message("answer", said(state, c)) for c in cohort})
-
-    _, judged = answer_with(on.job, lambda state: {}, personal)
     return Algorithm(
         init=init,
         round=counted,
-        client={**split_client.handlers(on), "middle": functools.partial(split_middle.middle, on), "answer": judged},
-        answer=answer,
+        client={**split_client.handlers(on), "middle": functools.partial(split_middle.middle, on), **split_looks.handlers(on)},
+        answer=split_looks.answers(on, said),
         model=model,
         personal=personal,
+        said=said,
         updates=False,
         splits=True,
     )

@@ -56,6 +56,8 @@ class Workers:
     def map(self, work: Callable[[Any, Forward], Any], items: Sequence[Any], dropout: bool = False) -> list[Any]:
         """work(item, forward) for each item, results in the order of the items. With dropout, one after the other:
         torch's random stream is one for all threads."""
+        if not items:  # who only steps through parts binds no whole forward
+            return []
         if dropout not in self._forwards:
             self._forwards[dropout] = queue.SimpleQueue()
             for _ in range(self.count):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from fedtailor import __version__
+from fedtailor.ends import severed
 from fedtailor.equip import Facts, Model
 from fedtailor.federation.frames import Header
 
@@ -21,12 +23,12 @@ WORDS = {
 }
 
 
-def agreement(model: Model, facts: Facts) -> dict[str, str]:
-    """What is compared, short: versions and digests."""
+def agreement(model: Model, facts: Facts, cut: tuple[int, int] | None = None) -> dict[str, str]:
+    """What is compared, short: versions and digests; with a cut, of a whole model's ends, which is all that a member has."""
     labels = hashlib.sha256("\x1f".join(facts.labels).encode()).hexdigest()
     return {
         "version": __version__,
-        "backbone": weights(model.backbone.model),
+        "backbone": weights(severed(model.backbone.model, *cut) if cut else model.backbone.model),
         "tokenizer": tokens(model.backbone.processor),
         "labels": labels,
     }
@@ -53,7 +55,11 @@ def weights(model: nn.Module) -> str:
 def tokens(processor: Any) -> str:
     """sha256 of what turns texts into tokens, or of an image processor's settings."""
     inner = getattr(processor, "backend_tokenizer", None)
-    text = inner.to_str() if inner is not None else processor.to_json_string() if hasattr(processor, "to_json_string") else ""
+    if inner is not None:  # how texts were last cut and padded lies in it too, and is of the last call
+        state = json.loads(inner.to_str())
+        text = json.dumps({name: x for name, x in state.items() if name not in ("truncation", "padding")})
+    else:
+        text = processor.to_json_string() if hasattr(processor, "to_json_string") else ""
     if not text:
         text = "\n".join(f"{k} {v}" for k, v in sorted(processor.get_vocab().items(), key=lambda item: item[1]))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -9,9 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from fedtailor import wire
 from fedtailor.config import Experiment, parse
-from fedtailor.core import ClientId, Message
+from fedtailor.core import ClientId, Message, Tree
+from fedtailor.ends import Ends, cut_of, save
 from fedtailor.engines.clients import Clients, Place
 from fedtailor.equip import Facts
 from fedtailor.errors import ConfigError, FedtailorError, RunError, nearest
@@ -65,6 +68,7 @@ class Member:
         self.shelf = Shelf(home / "state")
         self.world: World | None = None
         self._agreed: dict[str, Any] = {}
+        self._ends: Ends | None = None  # what it holds of a model that is cut
         self._told = b""  # the experiment as it came
         self._clients: Clients | None = None
         self._round, self._bytes, self._passes = 0, 0.0, 0.0
@@ -102,7 +106,7 @@ class Member:
                 experiment = self.world.experiment
                 rows = self.world.clients[self.name]
                 sizes = {"train": len(rows.train), "valid": len(rows.valid), "test": len(rows.test)}
-                self._agreed = {**agreement(self.world, self.world.facts), **sizes}
+                self._agreed = {**agreement(self.world, self.world.facts), **sizes, "holds": "ends" if self._ends else "all"}
                 pool = workers(self.world, self.world.flops, self.world.looks)
                 up = chain(experiment.filters.up)
                 self._clients = Clients(self.world.algorithm, pool, self.shelf, up, experiment.seed, False, self.notice)
@@ -117,7 +121,8 @@ class Member:
         ConfigError: the experiment asks for more than this member allows, or has no place for it. DataError: its own data.
         """
         try:
-            told = json.loads(blob)
+            body = wire.decode(blob, self.limits.memory).body
+            told = json.loads(body["values"])
             facts, values = Facts(**told["facts"]), told["experiment"]
             experiment = parse(values, where="the server's experiment")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -133,7 +138,8 @@ class Member:
                 )
             world = build(experiment)
         else:
-            world = of_member(self._with_own(experiment), facts, self.name)
+            self._ends = self._held(experiment, facts, body)
+            world = of_member(self._with_own(experiment), facts, self.name, self._ends)
         rows, train = max(1, len(world.clients[self.name].train)), experiment.train
         passes = train.steps * train.batch / rows if train.steps else train.epochs
         if self.limits.epochs and passes > self.limits.epochs:
@@ -141,6 +147,20 @@ class Member:
                 f"the server asks for {passes:g} passes a round, allowed here are {self.limits.epochs:g} (--epochs)"
             )
         return world
+
+    def _held(self, experiment: Experiment, facts: Facts, body: Tree) -> Ends | None:
+        """What this member holds of a model that is cut.
+
+        Raises:
+            ConfigError: its cut is counted on the whole model. RunError: what is to begin with is no tree of tensors.
+        """
+        cut = cut_of(experiment, facts.clients.index(self.name))
+        if cut is None:
+            return None
+        start, unread = body.get("start"), body.get("unread")
+        if not isinstance(start, dict | None) or not all(isinstance(t, Tensor) for t in (start or {}).values()):
+            raise RunError("the server's experiment begins with no tree of tensors")
+        return Ends(*cut, start, unread if isinstance(unread, str) else None)
 
     def _with_own(self, experiment: Experiment) -> Experiment:
         """What the server's experiment calls by a path would be a file of this machine: only this member says which."""
@@ -238,13 +258,25 @@ class Member:
         own, model = str(parcel.note.get("own", "")), self.world.algorithm
         body = wire.decode(content(parcel)).body
         self.shelf.begin(own, "")
-        tree = body["broadcast"]
+        tree, folder = body["broadcast"], self.home / ("ends" if self._ends else "adapter")
+        middle: Tree = tree.get("middle", {}) if self._ends else {}
         if model.personal:
             site = self.world.sites(self.name, 0)
             tree = model.personal(self.shelf.read_own(self.name).get("algorithm"), tree, site)
-        self.world.kit(self.name).technique.save(tree, self.home / "adapter")
+        if self._ends:
+            self._save_ends(tree, middle, folder)
+        else:
+            self.world.kit(self.name).technique.save(tree, folder)
         self.dial.drain(5.0)
-        return {"name": self.name, "rounds": self.world.experiment.rounds, "adapter": str(self.home / "adapter"), **body["told"]}
+        return {"name": self.name, "rounds": self.world.experiment.rounds, "adapter": str(folder), **body["told"]}
+
+    def _save_ends(self, tree: Tree, middle: Tree, folder: Path) -> None:
+        assert self.world
+        assert self.world.job.layers
+        assert self._ends
+        section = self.world.experiment.technique
+        about = {"model": self.world.backbone.source, "technique": {"kind": section.kind, **section.options}}
+        save(tree, self.world.job.layers, self._ends, {**about, "labels": self.world.facts.labels}, middle, folder)
 
 
 def content(parcel: Parcel) -> bytes:

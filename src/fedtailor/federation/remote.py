@@ -94,11 +94,18 @@ class Remote:
         """Drive a conversation to its end and return its value; with `sites` it is an evaluation."""
         view = "" if sites is None else VALID if sites is self.valid_sites else TEST
         self.round, self._steps = round, 0
+        before: dict[ClientId, Message] = {}
+        if (
+            view
+        ):  # a member does one thing after the other, so its reply to what is under way comes first, and stays for the next round
+            self.wait(lambda: not self._owed, self._missing)
+            before, self._came = self._came, {}
         inbox: dict[ClientId, Message] | None = None
         while True:
             try:
                 letters = talk.send(inbox) if inbox is not None else next(talk)
             except StopIteration as end:
+                self._came |= before
                 return end.value
             if not isinstance(letters, Letters):
                 letters = Letters(letters)
@@ -149,9 +156,10 @@ class Remote:
         return time.monotonic() - self._started
 
     def _exchange(self, letters: Letters, at: Place, view: str, sites: Sites) -> dict[ClientId, Message]:
-        for client, owed in self._again.items():
-            self._send({client: owed.message}, owed.at, "")
-        self._again = {}
+        if not view:
+            for client, owed in self._again.items():
+                self._send({client: owed.message}, owed.at, "")
+            self._again = {}
         members = {c: m for c, m in sorted(letters.to.items()) if c != SERVER}
         if letters.wait == "all" and not view:
             self._quorum(members)

@@ -11,6 +11,7 @@ from typing import Any
 from fedtailor import wire
 from fedtailor.config import Experiment
 from fedtailor.core import ClientId, Message, Tree
+from fedtailor.ends import cut_of, ends_of
 from fedtailor.engines.states import States
 from fedtailor.equip import Facts
 from fedtailor.errors import ConfigError
@@ -113,6 +114,7 @@ def _check_own(experiment: Experiment) -> None:
         raise ConfigError("data.kind: with data.name = 'own' say what the members' data is: text, image, language or instruction")
     if kind in ("text", "image") and len(labels) < 2:
         raise ConfigError("data.labels: with data.name = 'own' name the classes, two at least")
+    cut_of(experiment, 0)
 
 
 class Server:
@@ -120,9 +122,8 @@ class Server:
 
     def __init__(self, world: World, post: ServerEnd, watch: Watch, told: dict[str, Any]) -> None:
         self.world, self.post, self.watch, self.told = world, post, watch, told
-        self.ours = agreement(world, world.facts)
-        values = json.dumps({"experiment": written(world.experiment), "facts": world.facts._asdict()})
-        self._experiment = Parcel(f"{post.session}-experiment", {"is": EXPERIMENT}, values.encode())
+        self._values = json.dumps({"experiment": written(world.experiment), "facts": world.facts._asdict()})
+        self._ours: dict[tuple[int, int] | None, dict[str, str]] = {None: agreement(world, world.facts)}
 
     def conduct(self, out: Path) -> dict[str, Any]:
         engine: list[Remote] = []
@@ -163,12 +164,32 @@ class Server:
 
     def _greet(self, member: ClientId) -> None:
         if member in self.world.facts.clients:
-            self.post.send(member, self._experiment)
+            self.post.send(member, self._experiment(member))
         else:
             self._refuse(member, f"'{member}' is not among the members of this run ({', '.join(self.world.facts.clients)})")
 
+    def _cut(self, member: ClientId) -> tuple[int, int] | None:
+        """Layers that a member with data of its own holds; None: the whole model."""
+        if not self.world.algorithm.splits:
+            return None
+        try:
+            return cut_of(self.world.experiment, self.world.facts.clients.index(member))
+        except ConfigError:  # which a member with data of its own says itself
+            return None
+
+    def _experiment(self, member: ClientId) -> Parcel:
+        body: Tree = {"values": self._values}
+        layers, cut = self.world.job.layers, self._cut(member)
+        if layers and cut:
+            told = ends_of(cut, self.world.technique, layers)
+            body |= {name: x for name, x in (("start", told.start), ("unread", told.unread)) if x is not None}
+        return Parcel(f"{self.post.session}-experiment-{member}", {"is": EXPERIMENT}, wire.encode(Message(EXPERIMENT, body)))
+
     def _agree(self, member: ClientId, note: Header) -> bool:
-        why = f"it cannot take part: {note['why']}" if "why" in note else difference(self.ours, note)
+        cut = self._cut(member) if note.get("holds") == "ends" else None
+        if cut not in self._ours:
+            self._ours[cut] = agreement(self.world, self.world.facts, cut)
+        why = f"it cannot take part: {note['why']}" if "why" in note else difference(self._ours[cut], note)
         if why:
             self._refuse(member, why)
             return False

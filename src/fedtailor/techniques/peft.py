@@ -143,7 +143,8 @@ def _widened(bind: Callable[[bool], Forward], depth: int, held: Sequence[int]) -
             blank = own.new_zeros(own.shape[0], own.shape[2])
             whole = [own[:, held.index(number)] if number in held else blank for number in range(depth)]
             if HIDDEN in batch and "input_ids" not in batch:  # PEFT asks them for the size of the batch
-                batch = {**batch, "input_ids": batch[HIDDEN].new_zeros(batch[HIDDEN].shape[:2], dtype=torch.long)}
+                ids = batch[HIDDEN].new_zeros(batch[HIDDEN].shape[:2], dtype=torch.long)
+                batch = {"attention_mask": torch.ones_like(ids), **batch, "input_ids": ids}
             return forward({**params, PROMPT: torch.cat(whole, 1)}, batch)
 
         return run
