@@ -563,3 +563,13 @@ def test_a_full_disk_is_an_oserror_and_leaves_the_old_file(tmp_path: Path) -> No
     assert ran.stdout.strip() == "OSError", ran.stderr
     assert read(tmp_path / "m").body["w"].tolist() == [1.0, 1.0]
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_tree_on_disk_can_be_spread_and_copied(tmp_path: Path) -> None:
+    message = Message("update", {"a": torch.arange(3.0), "deep": {"b": torch.ones(2)}, "n": 3})
+    write(message, tmp_path / "m")
+    lazy = read(tmp_path / "m", lazy=True).body
+    for copy in ({**lazy}, dict(lazy), {**{}, **lazy}, lazy | {}):
+        assert torch.equal(copy["a"], message.body["a"])
+        assert torch.equal({**copy["deep"]}["b"], message.body["deep"]["b"])
+        assert copy["n"] == 3

@@ -164,6 +164,10 @@ class LazyTree(dict[str, Any]):
         except (SafetensorError, OSError) as error:
             raise WireError(f"{self._path}: '{self._prefix}{name}' cannot be read ({error})") from error
 
+    def __iter__(self) -> Iterator[str]:
+        """Its being here makes `{**tree}` and `dict(tree)` ask for each item, where they would copy what stands for tensors."""
+        return super().__iter__()
+
     def items(self) -> Iterator[tuple[str, Any]]:  # type: ignore[override]
         return ((name, self[name]) for name in self)
 
