@@ -26,6 +26,13 @@ def keep() -> None:
         libc.mallopt(TRIM, 2**31 - 1)
 
 
+def give_back() -> None:
+    """Let the allocator give large blocks back as soon as they are free: a process that carries models and does not train takes no more
+    memory than it holds at the time. Only where the C library is glibc."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(MMAP, 1 << 17)
+
+
 def forget_peak() -> None:
     """The highest memory is measured from now on, where the system allows it: runs of one process do not count for each other."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
