@@ -15,6 +15,7 @@ import functools
 from collections.abc import Callable
 
 from fedtailor.algorithms import split_client, split_middle
+from fedtailor.algorithms.split_checks import check_of
 from fedtailor.algorithms.split_rules import Ground
 from fedtailor.core import Algorithm, ClientId, Message, State, Talk, Tree, answer_with
 
@@ -58,6 +59,7 @@ def split_algorithm(
         personal=personal,
         updates=False,
         splits=True,
+        check=check_of(on),
     )
 
 
