@@ -289,6 +289,9 @@ class Algorithm(NamedTuple):
     of_all_kinds: bool = False  # no tree crosses: clients may differ in technique and backbone
     splits: bool = False  # a client holds a part of the model only
     updates: bool = True  # a client's replies are of one tree: what a filter lost of one may be given with the next
+    check: Callable[[Message, Message], str] | None = (
+        None  # (letter, a stranger's reply) -> what is wrong with it; "" if nothing is
+    )
     consult: Callable[[State, list[ClientId]], Talk] | None = None  # the server's test texts are put to these clients; returns
     # a tree a text: its answer ("scores" of the classes, or "text"), and the "passages" that it rests on
 

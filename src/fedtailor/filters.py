@@ -106,7 +106,14 @@ def _int8(feedback: bool = True) -> Filter:
         rounded, step = quantize(full)
         return {"": rounded, SCALE: step}, rounded.float() * step
 
-    return _lossy(squeeze, lambda rounded, beside: rounded.float() * beside[SCALE], (SCALE,), feedback)
+    def restore(rounded: Tensor, beside: dict[str, Tensor]) -> Tensor:
+        scale = beside[SCALE]
+        # Else torch would broadcast, and two small tensors become one of any size.
+        if scale.dim() != rounded.dim() or any(n not in (1, size) for n, size in zip(scale.shape, rounded.shape, strict=True)):
+            raise WireError(f"int8: scales of shape {list(scale.shape)} for a tensor of shape {list(rounded.shape)}")
+        return rounded.float() * scale
+
+    return _lossy(squeeze, restore, (SCALE,), feedback)
 
 
 def _topk(feedback: bool = True, share: str = "0.1", only: str = "") -> Filter:
@@ -135,8 +142,9 @@ def _topk(feedback: bool = True, share: str = "0.1", only: str = "") -> Filter:
     def restore(values: Tensor, beside: dict[str, Tensor]) -> Tensor:
         shape, at = torch.Size(beside[SHAPE].tolist()), places_of(beside[AT])
         if (
-            not 0 < len(values) == len(at)
-            or shape.numel() > MOST * len(at)
+            values.dim() != 1
+            or not 0 < len(values) == len(at)
+            or shape.numel() > min(MOST, 1 / part) * len(at)
             or int(at.min()) < 0
             or int(at.max()) >= shape.numel()
         ):

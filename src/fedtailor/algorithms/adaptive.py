@@ -10,6 +10,7 @@ The first rows are trained by everybody, so they say what all need; later rows b
 
 from __future__ import annotations
 
+from fedtailor.algorithms.checks import checks, update
 from fedtailor.algorithms.fedavg import weights_by
 from fedtailor.core import Algorithm, ClientId, Device, Fit, Flow, Job, Message, Predict, Site, State, Talk, Tree, answer_with
 from fedtailor.errors import ConfigError
@@ -77,6 +78,13 @@ def adaptive_prefix(
         lengths = {**known, **{c: int(r.info["length"]) for c, r in replies.items()}}
         return {"params": add(state["params"], delta), "lengths": {c: lengths[c] for c in sorted(lengths)}}
 
+    def like(letter: Message, reply: Message) -> Tree:
+        size = reply.info["length"]
+        if size not in sizes:
+            raise ValueError(f"a length of {size:g}")
+        return first_rows(letter.body, int(size))
+
+    fits = update(like, ("n", "length"))
     answer, judged = answer_with(job, lambda state: state["params"])
     return Algorithm(
         init=init,
@@ -84,6 +92,7 @@ def adaptive_prefix(
         client={"choose": choose, "train": train, "answer": judged},
         answer=answer,
         model=lambda state: state["params"],
+        check=checks(job, train=fits, choose=fits),
     )
 
 

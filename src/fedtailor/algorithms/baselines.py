@@ -10,6 +10,7 @@ zero-shot: the technique's initial tree as it is; with the technique `template` 
 
 from __future__ import annotations
 
+from fedtailor.algorithms.checks import checks, update
 from fedtailor.core import SERVER, Algorithm, ClientId, Fit, Flow, Job, Message, Site, State, Talk, Tree, answer_with
 
 
@@ -34,6 +35,7 @@ def local(job: Job) -> Algorithm:
         model=lambda state: state["params"],
         personal=own_tree,
         of_all_kinds=True,
+        check=checks(job, train=update(lambda letter, reply: {}, verb="trained")),
     )
 
 
@@ -83,6 +85,7 @@ def zero_shot(job: Job) -> Algorithm:
         answer=answer,
         model=lambda state: state["params"],
         trains=False,
+        check=checks(job),
     )
 
 

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 from fedtailor.algorithms.baselines import own_tree
+from fedtailor.algorithms.checks import checks, difference
+from fedtailor.algorithms.checks import spoken as spoken_by
 from fedtailor.core import (
     SERVER,
     Algorithm,
@@ -120,6 +122,20 @@ def distil(
             told = learnt[SERVER].body["logits"] if rule == "feddf" else agreed
         return {"params": params, "rows": drawn(turn), "teacher": {"taught": at, "teacher": told}, "turn": turn}
 
+    def said(letter: Message, reply: Message) -> str:
+        if why := spoken_by(reply, ("said",), ("n", "classes")):
+            return why
+        classes, count = int(reply.info["classes"]), len(letter.body["rows"])
+        if classes != (job.classes or classes) or classes < 1:
+            return f"it speaks of {classes} classes, where there are {job.classes}"
+        if not top or top >= classes:
+            return difference(reply.body, {"logits": torch.zeros(1).expand(count, classes)})
+        kinds = {"values": torch.zeros(1).expand(count, top), "classes": torch.zeros(1, dtype=torch.int16).expand(count, top)}
+        if why := difference(reply.body, kinds):
+            return why
+        named = reply.body["classes"]
+        return "" if 0 <= int(named.min()) <= int(named.max()) < classes else "it names classes that there are not"
+
     answer, judged = answer_with(job, lambda state: {}, own_tree, student=lambda state: state["params"])
     return Algorithm(
         init=init,
@@ -130,6 +146,7 @@ def distil(
         personal=own_tree,
         of_all_kinds=True,
         updates=False,
+        check=checks(job, exchange=said),
     )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fedtailor.algorithms.checks import checks, update
 from fedtailor.core import Algorithm, ClientId, Fit, Flow, Job, Loss, Message, Site, State, Tree, answer_with, one_exchange
 from fedtailor.errors import ConfigError, one_of
 from fedtailor.optimizers import ServerOptimizer, adagrad, adam, momentum, yogi
@@ -54,6 +55,7 @@ def fedavg(
         client={"train": train, "answer": judged},
         answer=answer,
         model=lambda state: state["params"],
+        check=checks(job, train=update(smaller=bool(job.sizes))),
     )
 
 

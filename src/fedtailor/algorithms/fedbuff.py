@@ -8,6 +8,7 @@ A round is one emptying of the buffer. Clients that are still busy are not asked
 
 from __future__ import annotations
 
+from fedtailor.algorithms.checks import checks, update
 from fedtailor.algorithms.fedavg import one_size
 from fedtailor.core import (
     LOST,
@@ -73,4 +74,12 @@ def asynchronous(job: Job, *, buffer: int = 5, server_lr: float = 1.0, power: fl
         client={"train": train, "answer": judged},
         answer=answer,
         model=lambda state: state["params"],
+        check=checks(job, train=of_its_version),
     )
+
+
+def of_its_version(letter: Message, reply: Message) -> str:
+    """What is wrong with an update: it says which version it started from, and that is the one that was sent."""
+    if why := update(needs=("n", "version"))(letter, reply):
+        return why
+    return "" if reply.info["version"] == letter.info["version"] else "it says that it started from another version"

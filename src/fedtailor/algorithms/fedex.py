@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 
+from fedtailor.algorithms.checks import checks, update
 from fedtailor.algorithms.fedavg import one_size, weights_by
 from fedtailor.algorithms.merging import catch_up, merge_into_base, merged, merged_loss, unrounded
 from fedtailor.core import Algorithm, ClientId, Fit, Flow, Job, Message, Site, State, Talk, Tree, answer_with
@@ -67,7 +68,8 @@ def fedex(job: Job, *, weighting: str = "uniform") -> Algorithm:
         return {**state["params"], **({"delta": state["delta"]} if state["delta"] else {})}
 
     answer, judged = answer_with(job, broadcast)
-    return Algorithm(init, round, {"train": train, "answer": judged}, answer, broadcast)
+    check = checks(job, train=update(lambda letter, reply: dict(letter.body["params"])))
+    return Algorithm(init, round, {"train": train, "answer": judged}, answer, broadcast, check=check)
 
 
 def compact(left: torch.Tensor, right: torch.Tensor, rank: int) -> Tree:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fedtailor.algorithms.checks import checks, update
 from fedtailor.algorithms.fedavg import one_size, weights_by
 from fedtailor.core import Algorithm, ClientId, Fit, Flow, Job, Message, Site, State, Tree, answer_with, one_exchange
 from fedtailor.errors import ConfigError
@@ -65,4 +66,5 @@ def partly_shared(
         answer=answer,
         model=lambda state: state["params"],
         personal=personal,
+        check=checks(job, train=update()),
     )

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import torch
 
+from fedtailor.algorithms.checks import checks, difference, update
 from fedtailor.algorithms.fedavg import weights_by
 from fedtailor.algorithms.merging import catch_up, merge_into_base, merged, merged_loss, unrounded
-from fedtailor.core import Algorithm, ClientId, Fit, Flow, Job, Message, Site, State, Talk, Tree, answer_with
+from fedtailor.core import Algorithm, ClientId, Fit, Flow, Job, Letters, Message, Site, State, Talk, Tree, answer_with
 from fedtailor.errors import ConfigError
 from fedtailor.trees import add, aggregation_error, lora_pairs, subtract, weighted_mean
 
@@ -42,6 +43,10 @@ def flora(job: Job) -> Algorithm:
 
     def round(state: State, cohort: list[ClientId]) -> Talk:
         replies = yield {c: Message("train", {"head": state["head"], **catch_up(state, c)}) for c in cohort}
+        strange = {c: why for c in sorted(replies) if (why := misfit(replies[c].body["factors"], state["fresh"]))}
+        if strange:
+            replies = {c: r for c, r in replies.items() if c not in strange}
+            yield Letters({}, "all", "; ".join(f"{c} set aside: {why}" for c, why in strange.items()))
         if not replies:
             return state
         known = {**state["known"], **dict.fromkeys(replies, state["time"])}
@@ -65,4 +70,19 @@ def flora(job: Job) -> Algorithm:
         return {**state["fresh"], **state["head"], **({"delta": state["delta"]} if state["delta"] else {})}
 
     answer, judged = answer_with(job, broadcast)
-    return Algorithm(init, round, {"train": train, "answer": judged}, answer, broadcast)
+    check = checks(job, train=update(lambda letter, reply: {"factors": reply.body["factors"], "head": letter.body["head"]}))
+    return Algorithm(init, round, {"train": train, "answer": judged}, answer, broadcast, check=check)
+
+
+def misfit(factors: Tree, fresh: Tree) -> str:
+    """What is wrong with a client's factors: one rank for each pair, everything else as the server's own."""
+    want = {name: t for name, t in fresh.items() if ".lora_" in name}
+    try:
+        for a, b in lora_pairs(want).values():
+            rank = int(factors[a].shape[0])
+            want[a], want[b] = want[a][:1].expand(rank, -1), want[b][:, :1].expand(-1, rank)
+            if not rank:
+                return f"'{a}' has no rank"
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        return f"its factors are malformed ({error})"
+    return difference(factors, want)

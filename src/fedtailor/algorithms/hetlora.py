@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedtailor.algorithms.checks import checks, update
 from fedtailor.core import (
     Algorithm,
     Batch,
@@ -78,7 +79,20 @@ def hetlora(job: Job, *, gamma: float = 0.99, lam: float = 0.01, r_min: int = 2)
         return (yield from train(own, msg._replace(body=truncate(msg.body, min(own_rank, sent))), site))
 
     answer, judged = answer_with(job, lambda state: state["params"])
-    return Algorithm(init, one_exchange(serve, merge), {"train": first, "answer": judged}, answer, lambda state: state["params"])
+    handlers, check = {"train": first, "answer": judged}, checks(job, train=update(of_its_rank, ("n", "rank", "norm")))
+    return Algorithm(init, one_exchange(serve, merge), handlers, answer, lambda state: state["params"], check=check)
+
+
+def of_its_rank(letter: Message, reply: Message) -> Tree:
+    """What a reply of this rank is like.
+
+    Raises:
+        ValueError: no client of the letter's can have this rank, or this norm.
+    """
+    rank, norm = reply.info["rank"], reply.info["norm"]
+    if rank != int(rank) or not 1 <= rank <= ranks_of(letter.body) or norm < 0:
+        raise ValueError(f"rank {rank:g}, norm {norm:g}")
+    return truncate(letter.body, int(rank))
 
 
 class TailLoss(tuple[Any, ...]):

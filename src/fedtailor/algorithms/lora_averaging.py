@@ -10,6 +10,7 @@ reported as state["aggregation_error"] (0 for FFA; FedSA reports none: the serve
 
 from __future__ import annotations
 
+from fedtailor.algorithms.checks import checks, update
 from fedtailor.algorithms.fedavg import one_size, weights_by
 from fedtailor.algorithms.fedper import partly_shared
 from fedtailor.core import Algorithm, ClientId, Fit, Flow, Job, Message, Site, State, Tree, answer_with, one_exchange
@@ -60,6 +61,7 @@ def _averaging(job: Job, name: str, sent) -> Algorithm:  # type: ignore[no-untyp
         client={"train": train, "answer": judged},
         answer=answer,
         model=lambda state: state["params"],
+        check=checks(job, train=update()),
     )
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from fedtailor.algorithms.checks import checks, spoken, tallied
 from fedtailor.algorithms.prompt_edits import FRAMES, TEMPLATES, Edits, children
 from fedtailor.core import (
     Algorithm,
@@ -139,6 +140,13 @@ def prompt_search(
         kept = {name: told[name] for name in sorted(ranked, key=int)}
         return {**state, "pool": {**kept, **grown}, "best": best, "queries": int(state["queries"]) + spent, "turn": turn}
 
+    def scored(letter: Message, reply: Message) -> str:
+        if why := spoken(reply, ("scored",), ("n", "queries")):
+            return why
+        if reply.body.keys() not in (set(), letter.body.keys()) or not 0 <= reply.info["queries"] <= rows * len(letter.body):
+            return "it scores other candidates than it was asked for"
+        return next((why for sums in reply.body.values() if (why := tallied(job, sums))), "")
+
     answer, judged = answer_with(job, lambda state: state["best"])
     return Algorithm(
         init=init,
@@ -148,6 +156,7 @@ def prompt_search(
         model=lambda state: state["best"],
         trains=False,
         updates=False,
+        check=checks(job, score=scored),
     )
 
 

@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedtailor.algorithms.fedavg import fedavg
+from fedtailor.algorithms.rag_checks import check_of
 from fedtailor.algorithms.reading import answered, likelihoods, shown, written
 from fedtailor.algorithms.retrieval import (
     MERGES,
@@ -262,5 +263,6 @@ def rag(
         model=lambda state: state["params"],
         trains=False,  # what `train` needs is checked above
         updates=False,
+        check=check_of(job, k, merge),
         consult=consult,
     )

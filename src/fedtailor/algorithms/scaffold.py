@@ -8,6 +8,7 @@ taken, over all local epochs. The rule divides by the step size: plain SGD with 
 
 from __future__ import annotations
 
+from fedtailor.algorithms.checks import checks, update
 from fedtailor.algorithms.fedavg import one_size
 from fedtailor.core import Algorithm, ClientId, Fit, Flow, Job, Message, Site, State, Tree, answer_with, one_exchange
 from fedtailor.errors import ConfigError
@@ -52,4 +53,5 @@ def scaffold(job: Job, *, server_lr: float = 1.0) -> Algorithm:
         client={"train": train, "answer": judged},
         answer=answer,
         model=lambda state: state["params"],
+        check=checks(job, train=update()),
     )

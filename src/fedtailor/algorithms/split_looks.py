@@ -14,9 +14,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from fedtailor.algorithms.split_checks import complaint
 from fedtailor.algorithms.split_client import batch_of, begun, shortened
 from fedtailor.algorithms.split_rules import ENDS, MASK, Ground, at_of
-from fedtailor.algorithms.split_server import complaint, told
+from fedtailor.algorithms.split_server import told
 from fedtailor.core import (
     HIDDEN,
     SERVER,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from fedtailor.algorithms import split_deltas
+from fedtailor.algorithms.split_checks import complaint, strange
 from fedtailor.algorithms.split_middle import padded, way
 from fedtailor.algorithms.split_rules import ENDS, EVERYBODY, MASK, Ground, at_of, place_of
 from fedtailor.core import (
@@ -20,13 +21,11 @@ from fedtailor.core import (
     LOST,
     SERVER,
     ClientId,
-    Layers,
     Letters,
     Message,
     State,
     Tree,
 )
-from fedtailor.cut import cut_at
 from fedtailor.errors import ConfigError, RunError
 from fedtailor.trees import is_finite, nbytes, tree_map, weighted_mean
 
@@ -135,7 +134,7 @@ def heard(on: Ground, desk: Desk, state: State, came: Mapping[ClientId, Message]
         if reply.verb == "unfit":
             desk.clients[client] = {**known, "unfit": 1}
             desk.set_aside(client, str(reply.body["why"])[:400])
-        elif problem := complaint(on.layers, reply, given):
+        elif problem := complaint(on.layers, reply, given) or strange(on, known, reply, state["params"]):
             desk.set_aside(client, problem)
         elif reply.verb == "rested":
             desk.passes += 1
@@ -176,7 +175,7 @@ def changed(desk: Desk, client: ClientId, body: Tree, given: Tree) -> None:
     """Take up what has changed of a client's rows, or ask again where it is about others than are here."""
     try:
         found = split_deltas.received(desk.bases.get(client, {}), body, desk.free)
-    except (KeyError, AttributeError, TypeError, ConfigError) as error:
+    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError, ConfigError) as error:
         desk.set_aside(client, str(error))
         return
     if found is None:
@@ -241,26 +240,3 @@ def answered(on: Ground, desk: Desk, found: Mapping[str, Any]) -> None:
             desk.letters[client] = Message("go", inner, place_of(desk.turned[client], 1))
     if rates:
         desk.middles = on.rules.settle(desk.middles, rates)
-
-
-def complaint(layers: Layers, reply: Message, given: Tree | None) -> str:
-    """What is wrong with a client's message; "" if nothing is."""
-    try:
-        if reply.verb == "turned":
-            gradient = reply.body.get("gradient")
-            if gradient is not None and given and list(gradient.shape) != given["shape"]:
-                return f"its gradient has shape {list(gradient.shape)}, where {given['shape']} was sent"
-            return ""
-        info = at_of(reply)
-        cut_at(layers, info["front"], info["back"])
-        if reply.verb == "rested":
-            return ""
-        hidden = list(reply.body["said"].values()) if "rows" in reply.body else [reply.body[HIDDEN]]
-        for h in hidden:
-            if h.dim() != 2 + ("rows" not in reply.body) or (layers.hidden and h.shape[-1] != layers.hidden):
-                return f"its hidden states have shape {list(h.shape)}, where the last axis is {layers.hidden or 'the width'}"
-        if MASK in reply.body and reply.body[MASK].shape != hidden[0].shape[:2]:
-            return f"its mask has shape {list(reply.body[MASK].shape)}, its hidden states {list(hidden[0].shape)}"
-    except (KeyError, AttributeError, ConfigError) as error:
-        return str(error)
-    return ""

@@ -16,6 +16,7 @@ import functools
 from collections.abc import Callable
 
 from fedtailor.algorithms import split_client, split_looks, split_middle
+from fedtailor.algorithms.split_checks import check_of
 from fedtailor.algorithms.split_rules import Ground
 from fedtailor.core import Algorithm, ClientId, State, Talk, Tree
 
@@ -56,6 +57,7 @@ def split_algorithm(
         said=said,
         updates=False,
         splits=True,
+        check=check_of(on),
     )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedtailor.algorithms.checks import checks, difference, spoken
 from fedtailor.algorithms.fedavg import one_size, weights_by
 from fedtailor.core import (
     Algorithm,
@@ -75,6 +76,15 @@ def zeroth_order(
             after = after.index_add(0, reply.body["seed"].long(), share)
         return {**state, "moved": after.float()}
 
+    def steps_of(letter: Message, reply: Message) -> str:
+        if why := spoken(reply, ("moved",), ("n",)):
+            return why
+        count = len(reply.body["seed"])
+        known = {"seed": torch.zeros(count, dtype=torch.int32), "move": torch.zeros(count)}
+        if why := difference(reply.body, known) or (f"{count} steps, where {steps} were due" if count not in (0, steps) else ""):
+            return why
+        return "" if not count or 0 <= int(reply.body["seed"].min()) <= int(reply.body["seed"].max()) < seeds else "no such seed"
+
     answer, judged = answer_with(job, params_of)
     return Algorithm(
         init=lambda params: {"start": params, "moved": torch.zeros(seeds)},
@@ -83,6 +93,7 @@ def zeroth_order(
         answer=answer,
         model=params_of,
         updates=False,
+        check=checks(job, train=steps_of),
     )
 
 

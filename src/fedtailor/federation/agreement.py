@@ -13,7 +13,7 @@ from torch import nn
 from fedtailor import __version__
 from fedtailor.ends import severed
 from fedtailor.equip import Facts, Model
-from fedtailor.federation.frames import Header
+from fedtailor.federation.frames import Header, said
 
 WORDS = {
     "version": "its version of fedtailor",
@@ -38,7 +38,7 @@ def difference(ours: Mapping[str, str], theirs: Header) -> str:
     """What is not the same, in words; "" if everything is."""
     for name, what in WORDS.items():
         if theirs.get(name) != ours[name]:
-            told = f" ({theirs.get(name)!s:.20} there, {ours[name]} here)" if name == "version" else ""
+            told = f" ({said(theirs.get(name), 20)} there, {ours[name]} here)" if name == "version" else ""
             return f"{what} differs from the server's{told}"
     return ""
 

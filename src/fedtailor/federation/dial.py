@@ -15,14 +15,16 @@ from typing import Any
 import grpc
 
 from fedtailor.errors import RunError
-from fedtailor.federation.frames import Header, LineError, Parcel, pack, unpack
-from fedtailor.federation.line import Line
+from fedtailor.federation.frames import Header, LineError, Parcel, pack, said, unpack
+from fedtailor.federation.line import Line, unknown
 from fedtailor.federation.post import NAME, OPTIONS, SERVICE
 
 SERVER_NAME = "fedtailor-server"
 """What the server's certificate is made out to: members know it by its authority, whatever address it has."""
 FIRST, LONGEST = 0.5, 30.0
 """Seconds between two attempts: doubled each time, up to."""
+WAITING = 4
+"""Parcels that may wait to be worked on; while so many do, nothing more is read, so that a server cannot fill this disk."""
 FINAL = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED)
 """What another attempt would not change."""
 
@@ -64,7 +66,7 @@ def ask(
 
 def explained(address: str, error: grpc.aio.AioRpcError) -> str:
     """Why there is no connection, in one line."""
-    told = " ".join(str(error.details() or "").split())
+    told = said(error.details() or "")
     low = told.lower()
     if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
         return f"the server at {address} refuses: {told}"
@@ -127,12 +129,13 @@ class Dial:
         self._loop.close()
 
     def _told(self, header: Header) -> None:
-        if header.get("is") == "bye":
-            self._bye = str(header.get("why", "it gave no reason"))[:500]
-            raise LineError(self._bye)  # ends the connection
+        if header["is"] != "bye":
+            unknown(header)
+        self._bye = said(header.get("why", "it gave no reason"), 500)
+        raise LineError(self._bye)  # ends the connection
 
     async def _stay(self) -> None:
-        pause, said = FIRST, ""
+        pause, last = FIRST, ""
         while True:
             try:
                 await self._once()
@@ -141,17 +144,19 @@ class Dial:
                 why = explained(self._address, error)
                 if error.code() in FINAL and not self._bye:
                     self._bye = why
+            except (ConnectionError, OSError, asyncio.InvalidStateError) as error:
+                why = f"cut off from the server: dialling again ({said(error, 160)})"
             except LineError as error:
                 self._bye = self._bye or f"the server at {self._address} does not keep to the protocol: {error}"
             if self._bye:
                 self.inbox.put(RunError(self._bye))
                 return
             if self.attached:
-                pause, said, self.attached = FIRST, "", False
+                pause, last, self.attached = FIRST, "", False
                 why = "cut off from the server: dialling again"
-            if why != said:
+            if why != last:
                 self._notice(f"{why}; trying again, Ctrl-C ends" if "dialling" not in why else why)
-                said = why
+                last = why
             await asyncio.sleep(pause * random.uniform(0.7, 1.3))
             pause = min(2 * pause, LONGEST)
 
@@ -160,6 +165,8 @@ class Dial:
             call = open_.stream_stream(f"/{SERVICE}/Attach")(metadata=((NAME, self._name),))
 
             async def read() -> bytes | None:
+                while self.inbox.qsize() >= WAITING:
+                    await asyncio.sleep(0.05)
                 frame = await call.read()
                 return None if frame is grpc.aio.EOF else frame
 
@@ -173,7 +180,7 @@ class Dial:
                 raise LineError("it does not say welcome")
             if welcome.get("session") != self._session:
                 self._line.reset()
-                self._session = str(welcome.get("session"))
+                self._session = said(welcome.get("session"), 64)
             if not self.attached:
                 self._notice(f"attached to {self._address} as {self._name}")
             self.attached = True

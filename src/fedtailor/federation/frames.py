@@ -21,6 +21,11 @@ SPOOL = 1 << 20
 Header = Mapping[str, Any]
 
 
+def said(words: Any, most: int = 300) -> str:
+    """What the other side says, as one line that is safe to print: a terminal obeys what is not printable."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(words)[: 4 * most]).split())[:most]
+
+
 class LineError(RunError):
     """The other side does not keep to the protocol: the line is closed."""
 
@@ -47,12 +52,16 @@ def unpack(frame: bytes) -> Frame:
     if length > MAX_FRAME_HEADER or 4 + length > len(frame):
         raise LineError(f"frame with a header of {length} bytes refused")
     try:
-        header = json.loads(frame[4 : 4 + length])
+        header = json.loads(frame[4 : 4 + length], parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise LineError("frame with a malformed header refused") from error
     if not isinstance(header, dict) or not isinstance(header.get("is"), str):
         raise LineError("frame without a kind refused")
     return Frame(header, memoryview(frame)[4 + length :])
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number of JSON")
 
 
 class Parcel(NamedTuple):
@@ -65,6 +74,11 @@ class Parcel(NamedTuple):
     @property
     def size(self) -> int:
         return self.content.stat().st_size if isinstance(self.content, Path) else len(self.content)
+
+    def discard(self) -> None:
+        """Nobody wants it: a file of it goes."""
+        if isinstance(self.content, Path):
+            self.content.unlink(missing_ok=True)
 
 
 def frames(parcel: Parcel, start: int = 0) -> Iterator[bytes]:
@@ -107,7 +121,7 @@ class Arriving:
         if size > SPOOL:
             handle, name = tempfile.mkstemp(dir=folder, prefix="arriving-")
             self._path, self._file = Path(name), os.fdopen(handle, "wb")
-        self._parts: list[bytes] = []
+        self._bytes = bytearray()  # not a list of parts: parts of one byte each would take fifty times their size
 
     def add(self, header: Header, payload: memoryview | bytes) -> bool:
         """Whether the parcel is complete now.
@@ -120,7 +134,7 @@ class Arriving:
         if self._file:
             self._file.write(payload)
         else:
-            self._parts.append(bytes(payload))
+            self._bytes += payload
         self.held += len(payload)
         return self.held == self.size
 
@@ -128,7 +142,7 @@ class Arriving:
         """The whole; a file of it belongs to who takes it."""
         if self._file:
             self._file.close()
-        return Parcel(self.id, self.note, self._path or b"".join(self._parts))
+        return Parcel(self.id, self.note, self._path or bytes(self._bytes))
 
     def drop(self) -> None:
         if self._file:

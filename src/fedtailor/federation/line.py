@@ -10,13 +10,19 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from fedtailor.federation.frames import Arriving, Frame, Header, LineError, Parcel, frames, pack, unpack
+from fedtailor.federation.frames import Arriving, Frame, Header, LineError, Parcel, frames, pack, said, unpack
 
 Read = Callable[[], Awaitable[bytes | None]]  # None: the other side has hung up
 Write = Callable[[bytes], Awaitable[None]]
 WHOLE = -1
 REMEMBERED = 64
 """Parcels whose ids are remembered, so that one that comes again is only acknowledged."""
+UNREAD = 256
+"""Small frames that may wait for one who does not read them."""
+UNACKNOWLEDGED = 16
+"""Parcels that may wait to be acknowledged: the oldest go first."""
+SPEAKS = 1.0
+"""Seconds in which a connection that cannot be written to may still say why."""
 
 
 class Line:
@@ -28,11 +34,11 @@ class Line:
         limit: int,
         received: Callable[[Parcel], None],
         awaited: Callable[[Header], bool] = lambda header: True,
-        told: Callable[[Header], None] = lambda header: None,
+        told: Callable[[Header], None] | None = None,
     ) -> None:
         """`awaited` says whether a parcel that is announced is one that this side asked for; `told` takes frames of other kinds."""
         self._folder, self._limit = folder, limit
-        self._received, self._awaited, self._told = received, awaited, told
+        self._received, self._awaited, self._told = received, awaited, told or unknown
         self._outbox: OrderedDict[str, Parcel] = OrderedDict()
         self._small: list[Header] = []
         self._arriving: Arriving | None = None
@@ -44,6 +50,8 @@ class Line:
     def send(self, parcel: Parcel) -> None:
         """Send it, now or when there is a connection, until it is acknowledged."""
         self._outbox[parcel.id] = parcel
+        while len(self._outbox) > UNACKNOWLEDGED:
+            self._outbox.popitem(last=False)
         self._nudge()
 
     def tell(self, header: Header) -> None:
@@ -54,6 +62,12 @@ class Line:
     def drop(self, id: str) -> None:
         """Nobody waits for this parcel any more."""
         self._outbox.pop(id, None)
+
+    def refuse(self, id: str) -> None:
+        """What is here of this parcel is not wanted any more."""
+        if self._arriving and self._arriving.id == id:
+            self._arriving.drop()
+            self._arriving = None
 
     def reset(self) -> None:
         """The other side has begun anew: what was half sent or half received is nothing."""
@@ -76,7 +90,7 @@ class Line:
         """Speak over a connection until it ends; `held` is what the other side has of parcels that it has not acknowledged.
 
         Raises:
-            LineError: the other side does not keep to the protocol.
+            LineError: the other side does not keep to the protocol. ConnectionError: nothing can be sent any more.
         """
         self._connection += 1
         self._wake = asyncio.Event()
@@ -85,14 +99,26 @@ class Line:
         for id in [id for id in self._outbox if offsets.get(id) == WHOLE]:  # its acknowledgement was lost
             self.drop(id)
         sending = asyncio.create_task(self._send(write, offsets, self._connection))
+        reading = asyncio.create_task(self._read(read))
         try:
-            while (frame := await read()) is not None:
-                self.bytes_in += len(frame)
-                self._take(unpack(frame))
+            await asyncio.wait({sending, reading}, return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                # Who cannot send must not go on as if it could; the reader often knows why a moment later.
+                await asyncio.wait({reading}, timeout=SPEAKS if sending.exception() else 0.0)
+            if reading.done():
+                reading.result()
+            elif error := sending.exception():
+                raise error if isinstance(error, LineError) else ConnectionError(f"nothing can be sent: {error}") from error
         finally:
-            sending.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await sending
+            for task in (sending, reading):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await task
+
+    async def _read(self, read: Read) -> None:
+        while (frame := await read()) is not None:
+            self.bytes_in += len(frame)
+            self._take(unpack(frame))
 
     async def _send(self, write: Write, offsets: dict[str, int], connection: int) -> None:
         sent: set[str] = set()
@@ -108,7 +134,14 @@ class Line:
                 await wake.wait()
                 continue
             sent.add(parcel.id)
-            for frame in frames(parcel, min(max(offsets.pop(parcel.id, 0), 0), parcel.size)):
+            try:
+                pieces = frames(parcel, min(max(offsets.pop(parcel.id, 0), 0), parcel.size))
+                first = next(pieces)
+            except OSError:  # its file has made room for a newer one: nobody waits for it
+                self.drop(parcel.id)
+                continue
+            await self._write(write, first)
+            for frame in pieces:
                 if parcel.id not in self._outbox:
                     break
                 await self._write(write, frame)
@@ -132,12 +165,14 @@ class Line:
             raise LineError("part of a parcel without a name refused")
         if id in self._seen:  # it has come before: say so again, and pass over what follows
             if "size" in frame.header:
+                if len(self._small) >= UNREAD:
+                    raise LineError("it sends the same again and again, and reads nothing")
                 self.tell({"is": "got", "id": id})
             return
         begins = "size" in frame.header and (self._arriving is None or self._arriving.held != frame.header.get("at"))
         if self._arriving is None or self._arriving.id != id or begins:
             if not self._awaited(frame.header):
-                raise LineError(f"parcel '{id:.60}' refused: nobody asked for it")
+                raise LineError(f"parcel '{said(id, 60)}' refused: nobody asked for it")
             if self._arriving:
                 self._arriving.drop()
             self._arriving = None
@@ -154,3 +189,10 @@ class Line:
     def _nudge(self) -> None:
         if self._wake:
             self._wake.set()
+
+
+def unknown(header: Header) -> None:
+    """Raises:
+    LineError: whatever it is.
+    """
+    raise LineError(f"frame of kind '{said(header['is'], 60)}' refused: there is none such")

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import json
 import queue
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor
 
@@ -21,11 +22,12 @@ from fedtailor.errors import ConfigError, FedtailorError, RunError, nearest
 from fedtailor.evaluation import workers
 from fedtailor.federation.agreement import agreement
 from fedtailor.federation.ends import MemberEnd
-from fedtailor.federation.frames import Parcel
+from fedtailor.federation.frames import Parcel, said
 from fedtailor.federation.remote import EXPERIMENT, FINISH, LETTER, READY, VALID
 from fedtailor.federation.shelf import Full, Shelf
 from fedtailor.filters import chain
 from fedtailor.simulation import OWN, World, build, of_member
+from fedtailor.trees import is_finite
 
 
 class Limits(NamedTuple):
@@ -71,7 +73,8 @@ class Member:
         self._ends: Ends | None = None  # what it holds of a model that is cut
         self._told = b""  # the experiment as it came
         self._clients: Clients | None = None
-        self._round, self._bytes, self._passes = 0, 0.0, 0.0
+        # By round, so that a server which goes back and forth between rounds is allowed no more.
+        self._bytes, self._passes = defaultdict[int, float](float), defaultdict[int, float](float)
 
     def serve(self) -> dict[str, Any]:
         """Take part until the end; returns what the server says of it.
@@ -98,8 +101,8 @@ class Member:
     # The experiment
 
     def _begin(self, parcel: Parcel) -> None:
-        blob = content(parcel)
         try:
+            blob = content(parcel)
             if self.world is None or blob != self._told:
                 self.world = self._built(blob)
                 self._told = blob
@@ -111,10 +114,17 @@ class Member:
                 up = chain(experiment.filters.up)
                 self._clients = Clients(self.world.algorithm, pool, self.shelf, up, experiment.seed, False, self.notice)
         except FedtailorError as error:
-            self.dial.send(Parcel(parcel.id, {"is": READY, "why": str(error)[:500]}, b""))
-            self.dial.drain(5.0)
-            raise
+            self._declined(parcel, error)
+        except Exception as error:  # what a stranger's values do to libraries cannot be listed
+            self._declined(
+                parcel, RunError(f"the server's experiment cannot be used here: {type(error).__name__}: {said(error)}")
+            )
         self.dial.send(Parcel(parcel.id, {"is": READY, **self._agreed}, b""))
+
+    def _declined(self, parcel: Parcel, error: FedtailorError) -> NoReturn:
+        self.dial.send(Parcel(parcel.id, {"is": READY, "why": said(error, 500)}, b""))
+        self.dial.drain(5.0)
+        raise error
 
     def _built(self, blob: bytes) -> World:
         """Raises:
@@ -124,13 +134,16 @@ class Member:
             body = wire.decode(blob, self.limits.memory).body
             told = json.loads(body["values"])
             facts, values = Facts(**told["facts"]), told["experiment"]
+            if not all(isinstance(x, list) and all(isinstance(one, str) for one in x) for x in (facts.clients, facts.labels)):
+                raise TypeError("its members and labels are lists of names")
             experiment = parse(values, where="the server's experiment")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError(f"the server's experiment cannot be read: {error}") from error
         if self.name not in facts.clients:
-            raise ConfigError(f"'{self.name}' is not among the members of this run: {nearest(self.name, facts.clients)}")
+            raise ConfigError(f"'{self.name}' is not among the members of this run: {said(nearest(self.name, facts.clients))}")
         if ":" in experiment.algorithm.kind:
-            raise ConfigError(f"the server asks for algorithm '{experiment.algorithm.kind}': code of others is not run here")
+            kind = said(experiment.algorithm.kind, 100)
+            raise ConfigError(f"the server asks for algorithm '{kind}': code of others is not run here")
         if self.own.simulate:
             if experiment.data.name == OWN:
                 raise ConfigError(
@@ -174,12 +187,15 @@ class Member:
                 raise ConfigError(f"the experiment uses public examples ('{data.public}'): name them here with --public PATH")
             data = data.model_copy(update={"public": own.public})
         named = [model, *(kind.model for kind in experiment.clients.kinds if kind.model)]
-        if any(Path(m.name).is_absolute() or m.name.startswith((".", "~")) for m in named) and not own.model:
+        if any(is_here(m.name) for m in named) and not own.model:
             raise ConfigError("the experiment's model is a folder on the server: name your copy of it with --model FOLDER")
         if own.model:
             model = model.model_copy(update={"name": own.model, "revision": None})
-        if own.device:
-            engine = engine.model_copy(update={"device": own.device})
+        techniques = [experiment.technique, *(kind.technique for kind in experiment.clients.kinds if kind.technique)]
+        for name, value in (item for technique in techniques for item in technique.options.items()):
+            if isinstance(value, str) and is_here(value):
+                raise ConfigError(f"technique.{said(name, 60)} of the server's experiment is a path of this machine")
+        engine = engine.model_copy(update={"workers": 0, **({"device": own.device} if own.device else {})})  # threads are ours
         return experiment.model_copy(update={"data": data, "model": model, "engine": engine})
 
     # Letters
@@ -197,8 +213,10 @@ class Member:
             self.shelf.begin(own, kept)
             note, reply = self._answer(message, at, view)
             content = wire.encode(reply) if view else self.shelf.reply(parcel.id, note, reply)
-        except (FedtailorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-            why = " ".join(str(error).split())[:500] or type(error).__name__
+        except OSError:  # this machine's trouble, not the letter's
+            raise
+        except Exception as error:  # a letter may be anything, and what handlers make of it cannot be listed
+            why = said(error, 500) if isinstance(error, FedtailorError) else f"{type(error).__name__}: {said(error, 400)}"
             self.notice(f"a letter of the server is refused: {why}")
             self.dial.send(Parcel(parcel.id, {"is": LETTER, "why": why}, b""))
             if isinstance(error, Full):
@@ -206,9 +224,8 @@ class Member:
                 raise
             return
         finally:
-            if isinstance(parcel.content, Path):
-                parcel.content.unlink(missing_ok=True)
-        self._bytes += len(content) if isinstance(content, bytes) else content.stat().st_size
+            parcel.discard()
+        self._bytes[at.round] += len(content) if isinstance(content, bytes) else content.stat().st_size
         self.dial.send(Parcel(parcel.id, note, content))
 
     def _opened(self, parcel: Parcel, view: str) -> Message:
@@ -220,23 +237,30 @@ class Member:
             if isinstance(parcel.content, bytes)
             else wire.read(parcel.content, max_bytes=limit)
         )
-        return found if view else chain(self.world.experiment.filters.down).undo(found)
+        found = found if view else chain(self.world.experiment.filters.down).undo(found)
+        if not view and not is_finite(found.body):
+            raise RunError("the letter is not finite")
+        return found
 
     def _allowed(self, message: Message, round: int, size: int, view: str) -> None:
         assert self.world
-        limits = self.limits
-        if round != self._round:
-            self._round, self._bytes, self._passes = round, 0.0, 0.0
-        self._bytes += size
+        limits, rounds = self.limits, self.world.experiment.rounds
+        if not 0 <= round <= rounds:
+            raise RunError(f"a letter of round {round}, where the experiment has {rounds}")
+        self._bytes[round] += size
         if message.verb not in self.world.algorithm.client:
-            raise RunError(f"verb '{message.verb}' is none of algorithm {self.world.experiment.algorithm.kind}")
+            raise RunError(f"verb '{said(message.verb, 60)}' is none of algorithm {self.world.experiment.algorithm.kind}")
         if limits.verbs and message.verb not in limits.verbs:
             raise RunError(f"verb '{message.verb}' is not allowed here (--verbs {','.join(sorted(limits.verbs))})")
-        if limits.bytes and self._bytes > limits.bytes:
-            raise RunError(f"{self._bytes / 1e6:.1f} MB in round {round}: allowed here are {limits.bytes / 1e6:g} (--mb-a-round)")
+        if limits.bytes and self._bytes[round] > limits.bytes:
+            raise RunError(
+                f"{self._bytes[round] / 1e6:.1f} MB in round {round}: allowed here are {limits.bytes / 1e6:g} (--mb-a-round)"
+            )
         rows = max(1, len(self.world.clients[self.name].train))
-        if limits.epochs and not view and self._passes / rows >= limits.epochs:
-            raise RunError(f"{self._passes / rows:.1f} passes in round {round}: allowed here are {limits.epochs:g} (--epochs)")
+        if limits.epochs and not view and self._passes[round] / rows >= limits.epochs:
+            raise RunError(
+                f"{self._passes[round] / rows:.1f} passes in round {round}: allowed here are {limits.epochs:g} (--epochs)"
+            )
 
     def _answer(self, message: Message, at: Place, view: str) -> tuple[dict[str, Any], Message]:
         assert self.world
@@ -246,17 +270,35 @@ class Member:
         (done,) = self._clients.work({self.name: message}, at, sites, bool(view))
         if done.reply is None:
             raise RunError(done.why)
-        self._passes += done.examples
+        self._passes[at.round] += done.examples
         note = {"is": LETTER, "flops": done.flops, "examples": done.examples, "own": self.shelf.now}
         return note, done.reply
 
     # The end
 
     def _finish(self, parcel: Parcel) -> dict[str, Any]:
-        """Keep the model that came of it: the member's personal one where the algorithm has such, else everybody's."""
-        assert self.world
+        """Keep the model that came of it.
+
+        Raises:
+            RunError: there is none, or it is not one.
+        """
+        try:
+            return self._kept(parcel)
+        except (FedtailorError, OSError):
+            raise
+        except Exception as error:  # as of a letter
+            raise RunError(f"the model that the server sent cannot be kept: {type(error).__name__}: {said(error)}") from error
+        finally:
+            parcel.discard()
+
+    def _kept(self, parcel: Parcel) -> dict[str, Any]:
+        """The member's personal model where the algorithm has such, else everybody's."""
+        if self.world is None:
+            raise RunError("the server ended what it had not begun")
         own, model = str(parcel.note.get("own", "")), self.world.algorithm
-        body = wire.decode(content(parcel)).body
+        body = wire.decode(content(parcel), self.limits.memory).body
+        if not is_finite(body):
+            raise RunError("the model that the server sent is not finite")
         self.shelf.begin(own, "")
         tree, folder = body["broadcast"], self.home / ("ends" if self._ends else "adapter")
         middle: Tree = tree.get("middle", {}) if self._ends else {}
@@ -268,7 +310,8 @@ class Member:
         else:
             self.world.kit(self.name).technique.save(tree, folder)
         self.dial.drain(5.0)
-        return {"name": self.name, "rounds": self.world.experiment.rounds, "adapter": str(folder), **body["told"]}
+        told = {"state_hash": said(body["told"]["state_hash"], 64)}
+        return {"name": self.name, "rounds": self.world.experiment.rounds, "adapter": str(folder), **told}
 
     def _save_ends(self, tree: Tree, middle: Tree, folder: Path) -> None:
         assert self.world
@@ -277,6 +320,14 @@ class Member:
         section = self.world.experiment.technique
         about = {"model": self.world.backbone.source, "technique": {"kind": section.kind, **section.options}}
         save(tree, self.world.job.layers, self._ends, {**about, "labels": self.world.facts.labels}, middle, folder)
+
+
+def is_here(name: str) -> bool:
+    """Whether this is a path of this machine rather than a name of the hub: those are the member's to give."""
+    try:
+        return Path(name).is_absolute() or name.startswith((".", "~")) or Path(name).exists()
+    except (OSError, ValueError):
+        return True
 
 
 def content(parcel: Parcel) -> bytes:

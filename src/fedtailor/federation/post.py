@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import json
 import queue
+import re
 import secrets
 import threading
 import time
@@ -18,7 +19,7 @@ from typing import Any
 import grpc
 
 from fedtailor.core import ClientId
-from fedtailor.errors import RunError
+from fedtailor.errors import FedtailorError, RunError
 from fedtailor.federation.ends import Attached, Event
 from fedtailor.federation.frames import MAX_FRAME, Header, LineError, Parcel, pack, unpack
 from fedtailor.federation.line import Line
@@ -37,7 +38,13 @@ OPTIONS = [
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.so_reuseport", 0),
+    ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a small frame must not become a large one
 ]
+NAMES = 10_000
+"""Names that are known at a time, where whoever says one comes in."""
+NAMED = re.compile(r"[\w.\-@+][\w.\-@+ ]{0,63}", re.ASCII)
+BURST, PACE = 20.0, 1.0
+"""Connections of one name: so many at once, and so many a second after that. An honest member waits longer between two."""
 
 
 class Keys:
@@ -73,6 +80,7 @@ class Post:
         self._awaited: dict[ClientId, str] = {}  # the id of the reply that a member owes
         self._calls: dict[ClientId, tuple[int, Any]] = {}
         self._lines: dict[ClientId, Line] = {}
+        self._paces: dict[ClientId, tuple[float, float]] = {}  # connections that a name may still make, and when that was counted
         self._count = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="post", daemon=True)
@@ -125,14 +133,10 @@ class Post:
                 if self._awaited.get(member) == parcel.id:
                     del self._awaited[member]
                     self.events.put(Event("parcel", member, parcel))
+                else:
+                    parcel.discard()
 
-            line = Line(
-                self._folder,
-                self._limit,
-                received,
-                lambda header: header.get("id") == self._awaited.get(member),
-                lambda header: self.events.put(Event("said", member, None, header)),
-            )
+            line = Line(self._folder, self._limit, received, lambda header: header.get("id") == self._awaited.get(member))
             self._lines[member] = line
             self.members[member] = Attached(line, None, time.monotonic())
         return self._lines[member]
@@ -146,6 +150,25 @@ class Post:
         if self._awaited.get(member) == id:
             del self._awaited[member]
         self._line(member).drop(id)
+        self._line(member).refuse(id)
+
+    def _room(self, member: ClientId) -> str:
+        """Why this name has to wait; "" if it has not. Names that are nobody any more make room."""
+        if member not in self._paces and len(self._paces) >= NAMES:
+            for name in [n for n in self._paces if n not in self._calls and n not in self._awaited]:
+                del self._paces[name]
+                known = self.members.get(name)
+                if known and known.since is None and known.line.idle:
+                    del self.members[name]
+            if len(self._paces) >= NAMES:
+                return "too many names are known here"
+        left, counted = self._paces.get(member, (BURST, 0.0))
+        now = time.monotonic()
+        left = min(BURST, left + PACE * (now - counted)) - 1
+        if left < 0:
+            return "too many connections in a short time"
+        self._paces[member] = left, now
+        return ""
 
     async def _open(self) -> None:
         self._server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=4096)
@@ -177,9 +200,9 @@ class Post:
         """
         if admit is None:
             name = dict(context.invocation_metadata() or ()).get(NAME, "")
-            if not name:
-                raise RunError("it did not say who it is")
-            return str(name)
+            if not isinstance(name, str) or not NAMED.fullmatch(name):
+                raise RunError("it did not say who it is: a name has 1 to 64 of a-z, A-Z, 0-9 and _ . - @ + or a space")
+            return name
         found = context.auth_context().get("x509_pem_cert", [])
         if not found:
             raise RunError("it showed no certificate")
@@ -188,14 +211,19 @@ class Post:
     async def _attach(self, requests: AsyncIterator[bytes], context: Any) -> None:
         try:
             member = self._peer(context, self._keys.admit)
-        except RunError as error:
+        except FedtailorError as error:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
             return
+        if why := self._room(member):
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, why)
         try:
-            hello = unpack(await asyncio.wait_for(context.read(), HELLO)).header
+            frame = await asyncio.wait_for(context.read(), HELLO)
+            if frame is grpc.aio.EOF:
+                return
+            hello = unpack(frame).header
             if hello["is"] != "hello":
                 raise LineError("the first frame should say hello")
-        except (TimeoutError, LineError, TypeError) as error:
+        except (TimeoutError, LineError) as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error) or "no hello in time")
             return
         line = self._line(member)
@@ -222,6 +250,8 @@ class Post:
             with contextlib.suppress(Exception):
                 await context.write(pack({"is": "bye", "why": str(error)}))
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except (ConnectionError, OSError) as error:  # it is gone, or there is no room for what it sends
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         finally:
             if self._calls.get(member, (0, None))[0] == mine:
                 del self._calls[member]
@@ -234,13 +264,13 @@ class Post:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "nobody is enrolled here")
         try:
             return self._keys.enrol(found[0], request)  # type: ignore[misc]
-        except RunError as error:
+        except FedtailorError as error:
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
             raise
 
     async def _told(self, request: bytes, context: Any) -> bytes:
         try:
             self._peer(context, self._keys.look)
-        except RunError as error:
+        except FedtailorError as error:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
         return json.dumps(self._status()).encode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import re
 import time
@@ -17,10 +18,10 @@ from fedtailor.engines.clients import Clients, Place, Sites
 from fedtailor.engines.states import States
 from fedtailor.errors import RunError
 from fedtailor.federation.ends import ServerEnd
-from fedtailor.federation.frames import Header, Parcel
+from fedtailor.federation.frames import Header, Parcel, said
+from fedtailor.federation.replies import complaint, spent
 from fedtailor.filters import NOTHING, Filter
 from fedtailor.ledger import Ledger
-from fedtailor.trees import is_finite
 
 LETTER, EXPERIMENT, READY, FINISH = "letter", "experiment", "ready", "finish"
 TICK = 0.2
@@ -71,11 +72,13 @@ class Remote:
         agree: Callable[[ClientId, Header], bool],
         notice: Callable[[str], None] = lambda line: None,
         progress: Callable[[ClientId], None] = lambda client: None,
+        rows: Callable[[ClientId], float] = lambda client: math.inf,
     ) -> None:
-        """`greet` sends the experiment to a member that attaches; `agree` looks at what it answers, and says whether it can take part."""
+        """`greet` sends the experiment to a member that attaches; `agree` looks at what it answers, and says whether it can take part;
+        `rows`: for how many training rows a member can count."""
         self.algorithm, self.sites, self.valid_sites, self.workers = algorithm, sites, valid_sites, workers
         self.states, self.ledger, self.post, self.up, self.down, self.rules = states, ledger, post, up, down, rules
-        self.greet, self.agree, self.notice, self.progress = greet, agree, notice, progress
+        self.greet, self.agree, self.notice, self.progress, self.rows = greet, agree, notice, progress, rows
         self.clock = 0.0
         self.round, self.ready = 0, set[ClientId]()
         self._clients = Clients(algorithm, workers, states, up, seed, stacked=False, notice=notice)
@@ -244,6 +247,7 @@ class Remote:
             self.ready.discard(event.member)
             self.notice(f"{event.member} is cut off")
         elif event.parcel and event.parcel.note.get("is") == READY:
+            event.parcel.discard()
             if self.agree(event.member, event.parcel.note):
                 self._agreed.add(event.member)
                 self.ready.add(event.member)
@@ -271,23 +275,25 @@ class Remote:
     def _reply(self, client: ClientId, parcel: Parcel) -> None:
         owed = self._owed.get(client)
         if owed is None or owed.id != parcel.id:
+            parcel.discard()
             return
         del self._owed[client]
         note, size = parcel.note, parcel.size
         try:
-            message = self._opened(client, parcel, bool(owed.view))
-        except (wire.WireError, RunError, KeyError, TypeError, ValueError) as error:
-            message = Message(LOST)
-            self.notice(f"round {owed.at.round}: {client} set aside: {' '.join(str(error).split())[:300]}")
-        if message.verb == LOST:
-            self._came[client] = message
+            message = self._opened(client, parcel, owed)
+        except OSError:  # this machine's trouble, not the member's
+            raise
+        except Exception as error:  # a reply may be anything, and what filters and checks make of it cannot be listed
+            parcel.discard()
+            self._came[client] = Message(LOST)
+            self.notice(f"round {owed.at.round}: {client} set aside: {said(error) or type(error).__name__}")
             return
         self._came[client] = message
         if owed.view:
             return
         self.progress(client)
         took = time.monotonic() - owed.since
-        flops, examples = (max(0.0, float(note.get(name, 0.0))) for name in ("flops", "examples"))
+        flops, examples = (spent(note, name) for name in ("flops", "examples"))
         self.ledger.add(client, replies=1, bytes_up=size, flops=flops, simulated_seconds=took, examples=examples)
         if "loss" in message.info:
             self.ledger.note(client, loss=message.info["loss"])
@@ -297,22 +303,26 @@ class Remote:
         else:
             self.states.elsewhere.pop(client, None)
 
-    def _opened(self, client: ClientId, parcel: Parcel, free: bool) -> Message:
+    def _opened(self, client: ClientId, parcel: Parcel, owed: Owed) -> Message:
         """The message in a reply; a large one stays on disk and is read tensor by tensor.
 
         Raises:
-            WireError, RunError: it is not one, not finite, or the member refused the letter.
+            WireError, RunError: it is not one, not what the letter asked for, or the member refused the letter. Any error that a filter
+                makes of what it does not expect.
         """
         if "why" in parcel.note:
-            raise RunError(str(parcel.note["why"]))
+            raise RunError(said(parcel.note["why"]))
+        free = bool(owed.view)
         undo = NOTHING.undo if free else self.up.undo
         if isinstance(parcel.content, Path):
-            path = parcel.content.replace(parcel.content.with_name(f"reply-{seed_of(0, client)}.safetensors"))
             if not free and self.up is not NOTHING:
-                wire.write(undo(wire.read(path)), path)
-            message = wire.read(path, lazy=True)
+                wire.write(undo(wire.read(parcel.content)), parcel.content)
+            message = wire.read(parcel.content, lazy=True)
         else:
             message = undo(wire.decode(parcel.content))
-        if not is_finite(message.body) or not all(abs(x) < float("inf") for x in message.info.values()):
-            raise RunError("its reply is not finite")
+        if why := complaint(self.algorithm, owed.message, message, math.inf if free else self.rows(client)):
+            raise RunError(why)
+        if isinstance(parcel.content, Path):  # one a member stays
+            path = parcel.content.replace(parcel.content.with_name(f"reply-{seed_of(0, client)}.safetensors"))
+            message = wire.read(path, lazy=True)
         return message

@@ -18,7 +18,7 @@ from fedtailor.errors import ConfigError
 from fedtailor.evaluation import broadcast_of, workers
 from fedtailor.federation.agreement import agreement, difference
 from fedtailor.federation.ends import ServerEnd
-from fedtailor.federation.frames import Header, Parcel
+from fedtailor.federation.frames import Header, Parcel, said
 from fedtailor.federation.post import Keys, Post
 from fedtailor.federation.remote import EXPERIMENT, FINISH, TICK, Remote, Rules
 from fedtailor.filters import chain
@@ -160,6 +160,7 @@ class Server:
             self._agree,
             self.watch.notice,
             self.watch.client,
+            lambda member: len(world.clients[member].train) if member in world.clients else 0,
         )
 
     def _greet(self, member: ClientId) -> None:
@@ -189,12 +190,12 @@ class Server:
         cut = self._cut(member) if note.get("holds") == "ends" else None
         if cut not in self._ours:
             self._ours[cut] = agreement(self.world, self.world.facts, cut)
-        why = f"it cannot take part: {note['why']}" if "why" in note else difference(self._ours[cut], note)
+        why = f"it cannot take part: {said(note['why'])}" if "why" in note else difference(self._ours[cut], note)
         if why:
             self._refuse(member, why)
             return False
         sizes = [note.get(name) for name in Split._fields]
-        if self.world.experiment.data.name == OWN and all(type(n) is int and 0 <= n < 1 << 40 for n in sizes):
+        if self.world.experiment.data.name == OWN and all(type(n) is int and 0 <= n < 1 << 31 for n in sizes):
             self.world.clients[member] = rows_of(*map(int, sizes))  # type: ignore[arg-type]
         self.watch.notice(f"{member} is attached")
         return True
