@@ -15,6 +15,7 @@ from fedtailor.cut import cut_at
 from fedtailor.errors import ConfigError
 from fedtailor.trees import tensors
 
+MOST_BATCHES = 100_000  # in which a client shows its rows
 TELLS = ("pass", "step", "steps", "n", "front", "back")
 
 
@@ -34,7 +35,13 @@ def check_of(on: Ground) -> Check:
             return why
         return difference(reply.body, {"gradient": letter.body[HIDDEN]} if "wanted" in letter.info else {})
 
-    return checks(on.job, go=go, turn=turn)
+    def show(letter: Message, reply: Message) -> str:
+        if why := spoken(reply, ("shown",), ("front", "back", "batches", "n")):
+            return why
+        counted = 0 <= reply.info["batches"] <= MOST_BATCHES and set(reply.body) <= {"states", MASK}
+        return "" if counted else "it shows something else than hidden states"
+
+    return checks(on.job, go=go, turn=turn, show=show)
 
 
 def placed(letter: Message, reply: Message) -> str:

@@ -65,7 +65,7 @@ def handlers(on: Ground) -> dict[str, Handler]:
         given = {**shortened(batch, hidden), HIDDEN: hidden}
         logits = yield past(on, ends(on, own, msg.body, site), "back", given, site.id)
         outputs = on.job.judge(lambda params, batch: logits, {}, batch)
-        return own, Message("judged", {split: on.job.tally(outputs)})
+        return own, Message("judged", {split: on.job.tally(outputs)}, {"n": float(len(rows))})
 
     def through(own: Tree | None, msg: Message, site: Site) -> Flow:
         shown, middles = msg.body["shown"], msg.body["middles"]

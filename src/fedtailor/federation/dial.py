@@ -9,12 +9,14 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import grpc
 
 from fedtailor.errors import RunError
+from fedtailor.federation import network
 from fedtailor.federation.frames import Header, LineError, Parcel, pack, said, unpack
 from fedtailor.federation.line import Line, unknown
 from fedtailor.federation.post import NAME, OPTIONS, SERVICE
@@ -59,7 +61,7 @@ def ask(
             return answer
 
     try:
-        return asyncio.run(asked())
+        return network.begin(asked()).result()
     except grpc.aio.AioRpcError as error:
         raise RunError(explained(address, error)) from error
 
@@ -96,43 +98,38 @@ class Dial:
         self._session = ""
         self._line = Line(folder, limit, self.inbox.put, told=self._told)
         self._bye = ""
-        self._loop = asyncio.new_event_loop()
-        self._task: Any = None
-        self._thread = threading.Thread(target=self._run, name="line", daemon=True)
+        self._staying: Future[None] | None = None
+        self._ended = threading.Event()
 
     def open(self) -> None:
-        self._thread.start()
+        self._staying = network.begin(self._run())
 
     def send(self, parcel: Parcel) -> None:
-        with contextlib.suppress(RuntimeError):  # the line has ended: its reason is in the inbox
-            self._loop.call_soon_threadsafe(self._line.send, parcel)
+        network.loop().call_soon_threadsafe(self._line.send, parcel)
 
     def drain(self, seconds: float) -> None:
         """Wait until the other side has everything, but not for longer."""
         until = time.monotonic() + seconds
         time.sleep(0.05)  # what was just handed over is taken by the line's own thread
-        while not self._line.idle and self._thread.is_alive() and time.monotonic() < until:
+        while not self._line.idle and self._staying and not self._staying.done() and time.monotonic() < until:
             time.sleep(0.02)
 
     def close(self, patience: float = 2.0) -> None:
         """Hang up."""
-        if self._thread.is_alive():
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(lambda: self._task.cancel() if self._task else None)
-            self._thread.join(patience)
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._task = self._loop.create_task(self._stay())
-        with contextlib.suppress(asyncio.CancelledError):
-            self._loop.run_until_complete(self._task)
-        self._loop.close()
+        if self._staying and self._staying.cancel():
+            self._ended.wait(patience)
 
     def _told(self, header: Header) -> None:
         if header["is"] != "bye":
             unknown(header)
         self._bye = said(header.get("why", "it gave no reason"), 500)
         raise LineError(self._bye)  # ends the connection
+
+    async def _run(self) -> None:
+        try:
+            await self._stay()
+        finally:
+            self._ended.set()
 
     async def _stay(self) -> None:
         pause, last = FIRST, ""

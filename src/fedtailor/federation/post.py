@@ -10,7 +10,6 @@ import json
 import queue
 import re
 import secrets
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ import grpc
 
 from fedtailor.core import ClientId
 from fedtailor.errors import FedtailorError, RunError
+from fedtailor.federation import network
 from fedtailor.federation.ends import Attached, Event
 from fedtailor.federation.frames import MAX_FRAME, Header, LineError, Parcel, pack, unpack
 from fedtailor.federation.line import Line
@@ -82,8 +82,6 @@ class Post:
         self._lines: dict[ClientId, Line] = {}
         self._paces: dict[ClientId, tuple[float, float]] = {}  # connections that a name may still make, and when that was counted
         self._count = 0
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="post", daemon=True)
         self._server: Any = None
 
     # From any thread
@@ -94,8 +92,7 @@ class Post:
         Raises:
             RunError: the port is taken, or the address is no address of this machine.
         """
-        self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
+        network.begin(self._open()).result()
 
     def send(self, member: ClientId, parcel: Parcel, reply: bool = True) -> None:
         """Send it until it is acknowledged; with `reply`, one parcel of the same id is awaited in return."""
@@ -109,13 +106,8 @@ class Post:
         self._soon(lambda: self._line(member).tell(header) if member in self.members else None)
 
     def close(self, grace: float = 5.0) -> None:
-        if self._thread.is_alive():
-            with contextlib.suppress(Exception):
-                asyncio.run_coroutine_threadsafe(self._close(grace), self._loop).result(grace + 5)
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(5)
-            if not self._thread.is_alive():
-                self._loop.close()
+        with contextlib.suppress(Exception):
+            network.begin(self._close(grace)).result(grace + 5)
 
     def attached(self, member: ClientId) -> bool:
         known = self.members.get(member)
@@ -124,7 +116,7 @@ class Post:
     # In the network's thread
 
     def _soon(self, work: Callable[..., Any], *args: Any) -> None:
-        self._loop.call_soon_threadsafe(work, *args)
+        network.loop().call_soon_threadsafe(work, *args)
 
     def _line(self, member: ClientId) -> Line:
         if member not in self._lines:
