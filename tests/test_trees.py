@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedtailor import trees
 from fedtailor.core import Tree, stream
-from fedtailor.trees import aggregation_error, leaves, lora_pairs, weighted_mean
+from fedtailor.trees import add, aggregation_error, leaves, lora_pairs, moved, overlapping_mean, weighted_mean
 from tiny import same
 
 
@@ -275,3 +275,14 @@ def test_there_is_no_error_without_factors_or_with_zero_ones() -> None:
     assert aggregation_error([{"w": noise(3)}], [1.0], {"w": noise(3)}) == 0.0
     zero = lora(torch.zeros(4, 2), noise(2, 3))
     assert aggregation_error([zero, zero], [1, 1], zero) == 0.0
+
+
+@pytest.mark.parametrize("sizes", [(3, 3, 3), (3, 1, 2)])
+def test_moving_tensor_by_tensor_is_adding_the_mean(sizes: tuple[int, ...]) -> None:
+    params = {"a": torch.randn(3, 4), "b": torch.randn(3)}
+    held = [{"a": torch.randn(size, 4), "b": torch.randn(size)} for size in sizes]
+    at_once = add(params, overlapping_mean(held, [1.0, 2.0, 0.5], params))
+    assert same(moved(params, held, [1.0, 2.0, 0.5]), at_once)
+    if len(set(sizes)) == 1:
+        deep = moved({"deep": params}, [{"deep": tree} for tree in held], [1.0, 2.0, 0.5])
+        assert same(deep["deep"], at_once)

@@ -123,6 +123,35 @@ def overlapping_mean(trees: Sequence[Mapping[str, Any]], weights: Sequence[float
     return out
 
 
+class _Only(Mapping[str, Any]):
+    """One entry of a tree, read when it is asked for."""
+
+    def __init__(self, tree: Mapping[str, Any], name: str) -> None:
+        self._tree, self._name = tree, name
+
+    def __getitem__(self, name: str) -> Any:
+        return self._tree[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield self._name
+
+    def __len__(self) -> int:
+        return 1
+
+
+def moved(params: Tree, trees: Sequence[Mapping[str, Any]], weights: Sequence[float]) -> Tree:
+    """`add(params, overlapping_mean(trees, weights, params))`, bit for bit, tensor by tensor: the mean is never whole in memory."""
+    out: Tree = {}
+    for name, start in params.items():
+        if isinstance(start, Mapping):
+            out[name] = moved(dict(start), [tree[name] for tree in trees], weights)
+        elif isinstance(start, Tensor):
+            out[name] = start + overlapping_mean([_Only(tree, name) for tree in trees], weights, {name: start})[name]
+        else:
+            out[name] = start
+    return out
+
+
 def stack(trees: Sequence[Tree]) -> Tree:
     """One tree whose tensors have a new leading client axis. Other leaves must be equal and are taken from the first."""
     return tree_map(lambda *parts: torch.stack(parts), trees[0], *trees[1:])

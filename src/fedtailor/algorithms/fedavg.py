@@ -18,7 +18,7 @@ from fedtailor.algorithms.checks import checks, update
 from fedtailor.core import Algorithm, ClientId, Fit, Flow, Job, Loss, Message, Site, State, Tree, answer_with, one_exchange
 from fedtailor.errors import ConfigError, one_of
 from fedtailor.optimizers import ServerOptimizer, adagrad, adam, momentum, yogi
-from fedtailor.trees import add, cut, overlapping_mean, subtract
+from fedtailor.trees import cut, moved, overlapping_mean, subtract
 
 
 def fedavg(
@@ -42,9 +42,10 @@ def fedavg(
         return own, Message("update", subtract(done.params, start), done.seen)
 
     def merge(state: State, replies: dict[ClientId, Message]) -> State:
-        delta = overlapping_mean([r.body for r in replies.values()], [weigh(r) for r in replies.values()], state["params"])
+        bodies, weights = [r.body for r in replies.values()], [weigh(r) for r in replies.values()]
         if server_opt is None:
-            return {**state, "params": add(state["params"], delta)}
+            return {**state, "params": moved(state["params"], bodies, weights)}
+        delta = overlapping_mean(bodies, weights, state["params"])
         params, optimizer = server_opt.step(state["params"], delta, state["optimizer"])
         return {"params": params, "optimizer": optimizer}
 

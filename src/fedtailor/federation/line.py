@@ -15,6 +15,8 @@ from fedtailor.federation.frames import Arriving, Frame, Header, LineError, Parc
 Read = Callable[[], Awaitable[bytes | None]]  # None: the other side has hung up
 Write = Callable[[bytes], Awaitable[None]]
 WHOLE = -1
+WINDOW = 8
+"""Frames of a parcel that may be on their way at a time."""
 REMEMBERED = 64
 """Parcels whose ids are remembered, so that one that comes again is only acknowledged."""
 UNREAD = 256
@@ -45,6 +47,8 @@ class Line:
         self._seen: OrderedDict[str, None] = OrderedDict()
         self._wake: asyncio.Event | None = None
         self._connection = 0
+        self._had = ("", 0)  # of the parcel that is being sent: frames that the other side has, on this connection
+        self._frames = 0  # of the parcel that arrives, on this connection
         self.bytes_in = self.bytes_out = 0  # of frames: what parcels take with their headers
 
     def send(self, parcel: Parcel) -> None:
@@ -95,6 +99,7 @@ class Line:
         self._connection += 1
         self._wake = asyncio.Event()
         self._small.clear()
+        self._had, self._frames = ("", 0), 0
         offsets = {k: v for k, v in held.items() if type(v) is int} if isinstance(held, dict) else {}
         for id in [id for id in self._outbox if offsets.get(id) == WHOLE]:  # its acknowledgement was lost
             self.drop(id)
@@ -141,10 +146,25 @@ class Line:
                 self.drop(parcel.id)
                 continue
             await self._write(write, first)
-            for frame in pieces:
-                if parcel.id not in self._outbox:
+            for count, frame in enumerate(pieces, 2):
+                if not await self._room(write, parcel.id, count, wake) or connection != self._connection:
                     break
                 await self._write(write, frame)
+
+    async def _room(self, write: Write, id: str, count: int, wake: asyncio.Event) -> bool:
+        """Wait until the other side has so much of a parcel that this many of its frames may go; False where it wants no more of it.
+        gRPC takes whatever it is given into memory."""
+        while True:
+            wake.clear()
+            while self._small:  # what this side acknowledges meanwhile, so that two who send do not wait for each other
+                await self._write(write, pack(self._small.pop(0)))
+            if id not in self._outbox:
+                return False
+            if self._had[0] != id:
+                self._had = (id, 0)
+            if count - self._had[1] <= WINDOW:
+                return True
+            await wake.wait()
 
     async def _write(self, write: Write, frame: bytes) -> None:
         await write(frame)
@@ -154,6 +174,12 @@ class Line:
         kind = frame.header["is"]
         if kind == "got":
             self.drop(str(frame.header.get("id")))
+            self._nudge()
+        elif kind == "have":
+            count = frame.header.get("frames")
+            if frame.header.get("id") == self._had[0] and type(count) is int:
+                self._had = (self._had[0], max(self._had[1], count))
+                self._nudge()
         elif kind == "part":
             self._part(frame)
         else:
@@ -178,6 +204,9 @@ class Line:
             self._arriving = None
             self._arriving = Arriving(frame.header, self._folder, self._limit)
         if not self._arriving.add(frame.header, frame.payload):
+            self._frames = 1 if "size" in frame.header else self._frames + 1
+            if self._frames % (WINDOW // 2) == 0:
+                self.tell({"is": "have", "id": id, "frames": self._frames})
             return
         whole, self._arriving = self._arriving.parcel(), None
         self._seen[id] = None

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fedtailor import wire
+from fedtailor import memory, wire
 from fedtailor.config import Experiment
 from fedtailor.core import ClientId, Message, Tree
 from fedtailor.ends import cut_of, ends_of
@@ -48,6 +48,7 @@ def serve(
         _check_own(experiment)
     check_folder(experiment, out, resume)
     told: dict[str, Any] = {"name": experiment.name, "rounds": experiment.rounds, "round": 0, "stage": "waiting for members"}
+    memory.give_back()  # it carries models, and does not train
     with tempfile.TemporaryDirectory(prefix="fedtailor-") as folder:
         post = Post(address, Path(folder), limit, keys, lambda: {**told, "members": attached(post)})
         post.open()
