@@ -74,6 +74,10 @@ def members(address: str, folder: Path, count: int) -> None:
     threading.Event().wait()
 
 
+def nowhere(client: str, round: int) -> Site:
+    return Site(client, {}, {}, round)
+
+
 def enrolled(folder: Path, name: str) -> None:
     token = keys.read_token(keys.invite(folder / "keys", name))
     key, request = keys.request(name)
@@ -95,7 +99,7 @@ def measure(case: str, rounds: int, here: Path) -> None:
     post.open()
     hello = Parcel("experiment", {"is": EXPERIMENT}, b"")
     engine = Remote(
-        algorithm, lambda c, r: Site(c, {}, {}, r), lambda c, r: Site(c, {}, {}, r), Workers(lambda dropout: None, 1), States(here / "state"), Ledger(),  # type: ignore[arg-type,return-value]
+        algorithm, nowhere, nowhere, Workers(lambda dropout: None, 1), States(here / "state"), Ledger(),  # type: ignore[arg-type,return-value]
         post, chain([]), chain([]), 0, Rules(least=count), lambda member: post.send(member, hello), lambda member, note: True,
     )  # fmt: skip
     other = subprocess.Popen([sys.executable, __file__, case, "--members", f"127.0.0.1:{post.port}", str(here)])
@@ -115,15 +119,15 @@ def measure(case: str, rounds: int, here: Path) -> None:
             times.append(time.perf_counter() - at)
         took = statistics.median(times[1:])
         print(f"message {size / 1e6:.2f} MB; a round without training: {took:.2f} s (median of {rounds - 1})")
-        print(
-            f"peak memory of the server: {(memory.peak() - before) / 1e6:.0f} MB beyond what it had without the model = {(memory.peak() - before) / size:.2f} models"
-        )
-        print(
-            f"copying the same bytes in memory, there and back: {copied(count, size):.2f} s; the round takes {took / copied(count, size):.1f} x as long"
-        )
+        more = memory.peak() - before
+        print(f"peak memory of the server: {more / 1e6:.0f} MB beyond what it had without the model = {more / size:.2f} models")
+        copies = copied(count, size)
+        print(f"copying the same bytes in memory, there and back: {copies:.2f} s; the round takes {took / copies:.1f} x as long")
     finally:
         other.kill()
+        other.wait()
         post.close(0)
+        engine.close()
 
 
 def copied(count: int, size: int) -> float:

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("grpc")
 
 from fedtailor.federation import frames as framing
+from fedtailor.federation import remote
 from fedtailor.federation.frames import Arriving, Frame, LineError, Parcel, frames, pack, unpack
 from fedtailor.federation.line import Line
 from fedtailor.federation.member import Own
@@ -133,11 +134,12 @@ def test_nobody_sends_what_was_not_asked_for(tmp_path: Path) -> None:
 def test_a_run_over_lines_that_are_cut_in_the_middle_of_messages(
     tmp_path: Path, folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Full fine-tuning, in frames of 4 kB; a cut every 60 kB that members send."""
+    """Full fine-tuning, letters from files, in frames of 4 kB; a cut every 60 kB that members send."""
     two: Owners = owners(tmp_path, folders("bert"), names=("north", "south"))
     sections = {"technique": {"kind": "full"}, "algorithm": {"kind": "scaffold"}, "train": {"optimizer": "sgd"}}
     alone = two.simulated(tmp_path / "simulated", **sections)
     monkeypatch.setattr(framing, "CHUNK", 4096)
+    monkeypatch.setattr(remote, "LARGE", 1000)
     federation = Federation(two.apart(**sections), tmp_path)
     with Proxy(int(federation.address.rpartition(":")[2]), Bad(cuts=every(60_000, 8))) as proxy:
         federation.address = f"127.0.0.1:{proxy.port}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import queue
 import re
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,8 +23,11 @@ from fedtailor.federation.frames import Header, Parcel, said
 from fedtailor.federation.replies import complaint, spent
 from fedtailor.filters import NOTHING, Filter
 from fedtailor.ledger import Ledger
+from fedtailor.trees import nbytes
 
 LETTER, EXPERIMENT, READY, FINISH = "letter", "experiment", "ready", "finish"
+LARGE = 16 << 20
+"""Bytes from which a letter is sent from a file."""
 TICK = 0.2
 """Seconds after which the wait for a reply looks whether somebody is late or gone."""
 VALID, TEST = "valid", "test"
@@ -44,7 +48,7 @@ class Owed(NamedTuple):
 
     id: str
     message: Message
-    blob: bytes  # the message as it is sent; one object for all who are sent the same
+    content: bytes | Path  # the message as it is sent, once for all who are sent the same; a large one on disk
     at: Place
     view: str  # "" for work, else whose rows are judged
     since: float
@@ -88,6 +92,7 @@ class Remote:
         self._started = time.monotonic()
         self._count, self._steps = 0, 0
         self._agreed: set[ClientId] = set()
+        self._letters = tempfile.TemporaryDirectory(prefix="fedtailor-")  # large ones, until the next
         self._owed: dict[ClientId, Owed] = {}
         self._came: dict[ClientId, Message] = {}  # and not taken yet
         self._again: dict[ClientId, Owed] = {}  # of a checkpoint: to be sent once more
@@ -152,6 +157,7 @@ class Remote:
 
     def close(self) -> None:
         self.workers.close()
+        self._letters.cleanup()
 
     # One exchange
 
@@ -202,25 +208,37 @@ class Remote:
             self.wait(lambda: attached() >= least)
 
     def _send(self, members: Mapping[ClientId, Message], at: Place, view: str) -> None:
-        blobs: dict[Any, bytes] = {}
+        encoded: dict[Any, bytes | Path] = {}
         for client, message in members.items():
             if message.verb not in self.algorithm.client:
                 raise RunError(f"letter with verb '{message.verb}', which no client handler answers")
             key = message.verb, id(message.body), tuple(message.info.items())
-            if key not in blobs:  # what all are sent is encoded once and exists once
-                blobs[key] = wire.encode(message if view else self.down.apply(message, {})[0])
             self._count += 1
-            owed = Owed(f"{self.post.session}-{self._count}", message, blobs[key], at, view, time.monotonic())
+            if key not in encoded:  # what all are sent is encoded once and exists once
+                encoded[key] = self._encoded(message if view else self.down.apply(message, {})[0])
+            owed = Owed(f"{self.post.session}-{self._count}", message, encoded[key], at, view, time.monotonic())
             self._owed[client] = owed
             if not view:
-                self.ledger.add(client, letters=1, bytes_down=len(owed.blob))
+                self.ledger.add(client, letters=1, bytes_down=Parcel(owed.id, {}, owed.content).size)
             if client in self._agreed:  # also while it is cut off: its line has the letter when it is back
                 self._write(client, owed)
 
     def _write(self, client: ClientId, owed: Owed) -> None:
         own, kept = self.states.elsewhere.get(client, ""), self._kept.get(client, "")
         note = {"is": LETTER, "round": owed.at.round, "step": owed.at.step, "view": owed.view, "own": own, "kept": kept}
-        self.post.send(client, Parcel(owed.id, note, owed.blob))
+        self.post.send(client, Parcel(owed.id, note, owed.content))
+
+    def _encoded(self, message: Message) -> bytes | Path:
+        """The bytes of a message, in a file where they are many: the server has one copy of the model for itself, and none to send."""
+        wanted = {owed.content for owed in self._owed.values() if isinstance(owed.content, Path)}
+        for path in Path(self._letters.name).iterdir():
+            if path not in wanted:
+                path.unlink(missing_ok=True)
+        if nbytes(message.body) < LARGE:
+            return wire.encode(message)
+        path = Path(self._letters.name) / f"letter-{self._count}.safetensors"
+        wire.write(message, path)
+        return path
 
     def _here(self, letter: Message, at: Place, view: str, sites: Sites) -> None:
         """What stays beside the server crosses no wire."""
