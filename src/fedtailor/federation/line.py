@@ -4,7 +4,6 @@ the byte that the other side has; what was received once takes effect once."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -85,20 +84,25 @@ class Line:
         """What the other side may go on with: {id: bytes that are here}."""
         return {self._arriving.id: self._arriving.held} if self._arriving else {}
 
-    async def run(self, read: Read, write: Write, held: Any) -> None:
-        """Speak over a connection until it ends; `held` is what the other side has of parcels that it has not acknowledged.
+    async def run(self, read: Read, write: Write, held: Any, displaced: asyncio.Event | None = None) -> None:
+        """Speak over a connection until it ends, or is displaced by another; `held` is what the other side has of parcels that it has not
+        acknowledged.
 
         Raises:
             LineError: the other side does not keep to the protocol. ConnectionError: nothing can be sent any more.
         """
         self._connection += 1
-        self._wake = asyncio.Event()
+        mine, wake = self._connection, asyncio.Event()
+        self._wake = wake
         self._small.clear()
         offsets = {k: v for k, v in held.items() if type(v) is int and v >= 0} if isinstance(held, dict) else {}
-        sending = asyncio.create_task(self._send(write, offsets, self._connection))
+        sending = asyncio.create_task(self._send(write, offsets, mine, wake))
         reading = asyncio.create_task(self._read(read))
+        ending = asyncio.create_task((displaced or asyncio.Event()).wait())
         try:
-            await asyncio.wait({sending, reading}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({sending, reading, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if ending.done():
+                return
             if not reading.done():
                 # Who cannot send must not go on as if it could; the reader often knows why a moment later.
                 await asyncio.wait({reading}, timeout=SPEAKS if sending.exception() else 0.0)
@@ -107,20 +111,25 @@ class Line:
             elif error := sending.exception():
                 raise error if isinstance(error, LineError) else ConnectionError(f"nothing can be sent: {error}") from error
         finally:
-            for task in (sending, reading):
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError, Exception):
-                    await task
+            if self._connection == mine:
+                self._connection += 1
+            wake.set()
+            reading.cancel()
+            ending.cancel()
+            try:
+                # A write that is only cancelled is still under way in gRPC, and then nothing else can be said over the call.
+                await asyncio.wait({sending}, timeout=SPEAKS)
+            finally:
+                sending.cancel()
+                await asyncio.gather(sending, reading, ending, return_exceptions=True)
 
     async def _read(self, read: Read) -> None:
         while (frame := await read()) is not None:
             self.bytes_in += len(frame)
             self._take(unpack(frame))
 
-    async def _send(self, write: Write, offsets: dict[str, int], connection: int) -> None:
+    async def _send(self, write: Write, offsets: dict[str, int], connection: int, wake: asyncio.Event) -> None:
         sent: set[str] = set()
-        wake = self._wake
-        assert wake
         while connection == self._connection:
             wake.clear()
             while self._small:
@@ -139,7 +148,7 @@ class Line:
                 continue
             await self._write(write, first)
             for frame in pieces:
-                if parcel.id not in self._outbox:
+                if parcel.id not in self._outbox or connection != self._connection:
                     break
                 await self._write(write, frame)
 
