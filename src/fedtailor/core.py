@@ -162,6 +162,7 @@ class Layers(NamedTuple):
     hidden: int = 0  # width of the hidden states between layers
     tokens: int = 0  # hidden states of an input, where that is not the width of the batch (images)
     read: int = 0  # tokens of the last layer's that the head reads; 0: all
+    dtype: torch.dtype = torch.float32  # of the hidden states between layers
 
 
 class Through(NamedTuple):

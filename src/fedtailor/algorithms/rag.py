@@ -235,6 +235,8 @@ def rag(
         params, sources = encoder(state), cohort or list(state["sources"])
         asked = yield dict.fromkeys([SERVER] if reads else [*cohort, SERVER], Message("embed", {"params": params}))
         askers = {c: asked[c].body["queries"] for c in sorted(asked) if "queries" in asked[c].body}
+        if SERVER in askers:  # all are laid side by side
+            askers = {c: q for c, q in askers.items() if q.shape[1] == askers[SERVER].shape[1]}
         letters = dict.fromkeys([*cohort, SERVER], Message("judge"))
         shares: dict[ClientId, float] = {}
         if askers:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedtailor.algorithms.checks import Check, checks, difference, spoken
+from fedtailor.algorithms.split_deltas import AT, OF, VALUES
 from fedtailor.algorithms.split_rules import ENDS, MASK, Ground, at_of
 from fedtailor.core import HIDDEN, Layers, Message, Tree
 from fedtailor.cut import cut_at
@@ -28,6 +29,8 @@ def check_of(on: Ground) -> Check:
         inward = ("inward",) if reply.verb == "sent" else ()
         if why := spoken(reply, ("sent", "rested", "unfit"), (*TELLS, "number", *inward)) or placed(letter, reply):
             return why
+        if reply.verb == "sent" and (why := extent(reply, on.job.plan.batch)):
+            return why
         return complaint(on.layers, reply, None)
 
     def turn(letter: Message, reply: Message) -> str:
@@ -38,10 +41,28 @@ def check_of(on: Ground) -> Check:
     def show(letter: Message, reply: Message) -> str:
         if why := spoken(reply, ("shown",), ("front", "back", "batches", "n")):
             return why
-        counted = 0 <= reply.info["batches"] <= MOST_BATCHES and set(reply.body) <= {"states", MASK}
-        return "" if counted else "it shows something else than hidden states"
+        batches, states = reply.info["batches"], {HIDDEN if k == "states" else k: x for k, x in reply.body.items()}
+        if not 0 <= batches <= MOST_BATCHES or batches != int(batches) or not set(states) <= {HIDDEN, MASK}:
+            return "it shows something else than hidden states"
+        if letter.info["batch"] >= batches:
+            return "it shows more than it has" if states else ""
+        return complaint(on.layers, reply._replace(body=states, info={**dict.fromkeys(TELLS, 0.0), **reply.info}), None)
 
     return checks(on.job, go=go, turn=turn, show=show)
+
+
+def extent(reply: Message, most: int) -> str:
+    """What is wrong with how much a client sends, and under which names: one batch, as hidden states or row by row."""
+    body = reply.body
+    if "rows" not in body:
+        names, count = {HIDDEN, *([MASK] if reply.info.get("masked") else [])}, len(body[HIDDEN])
+    else:
+        names, count = {"rows", "said", *(name for name in (OF, AT, VALUES) if OF in body and name in body)}, len(body["rows"])
+        if not body["said"].keys() <= {str(int(row)) for row in body["rows"].reshape(-1)}:
+            return "it sends rows that it does not name"
+    if body.keys() != names:
+        return f"it sends {', '.join(sorted(body))[:200]}, where {', '.join(sorted(names))} was expected"
+    return "" if count <= most else f"it sends {count} rows, where a batch has {most}"
 
 
 def placed(letter: Message, reply: Message) -> str:
@@ -74,11 +95,13 @@ def complaint(layers: Layers, reply: Message, given: Tree | None) -> str:
 def _unreadable(layers: Layers, body: Mapping[str, Any]) -> str:
     hidden = list(body["said"].values()) if "rows" in body else [body[HIDDEN]]
     for h in hidden:
-        if not h.is_floating_point() or h.dim() != 2 + ("rows" not in body) or (layers.hidden and h.shape[-1] != layers.hidden):
+        if h.dtype not in (layers.dtype, torch.float32):  # which filters give
+            return f"its hidden states are {h.dtype}, expected {layers.dtype}"
+        if h.dim() != 2 + ("rows" not in body) or (layers.hidden and h.shape[-1] != layers.hidden):
             return f"its hidden states have shape {list(h.shape)}, where the last axis is {layers.hidden or 'the width'}"
         if not h.numel():
             return "its hidden states are none"
-    if "rows" in body and (body["rows"].dim() != 1 or body["rows"].is_floating_point() or not len(body["rows"])):
+    if "rows" in body and (body["rows"].dim() != 1 or body["rows"].dtype != torch.int32 or not len(body["rows"])):
         return "it names no rows"
     if MASK in body and (body[MASK].dtype != torch.uint8 or body[MASK].shape != hidden[0].shape[:2]):
         return f"its mask has shape {list(body[MASK].shape)}, its hidden states {list(hidden[0].shape)}"

@@ -27,7 +27,12 @@ FIRST, LONGEST = 0.5, 30.0
 """Seconds between two attempts: doubled each time, up to."""
 WAITING = 4
 """Parcels that may wait to be worked on; while so many do, nothing more is read, so that a server cannot fill this disk."""
-FINAL = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED)
+FINAL = (
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.ABORTED,  # two that take each other's place would do so for ever
+)
 """What another attempt would not change."""
 
 

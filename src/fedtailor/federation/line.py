@@ -4,7 +4,6 @@ the byte that the other side has; what was received once takes effect once."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -49,6 +48,7 @@ class Line:
         self._connection = 0
         self._had = ("", 0)  # of the parcel that is being sent: frames that the other side has, on this connection
         self._frames = 0  # of the parcel that arrives, on this connection
+        self._has: Header | None = None  # what is still to be said of them
         self.bytes_in = self.bytes_out = 0  # of frames: what parcels take with their headers
 
     def send(self, parcel: Parcel) -> None:
@@ -90,23 +90,28 @@ class Line:
         """What the other side need not send again: {id: bytes that are here, WHOLE for all}."""
         return dict.fromkeys(self._seen, WHOLE) | ({self._arriving.id: self._arriving.held} if self._arriving else {})
 
-    async def run(self, read: Read, write: Write, held: Any) -> None:
-        """Speak over a connection until it ends; `held` is what the other side has of parcels that it has not acknowledged.
+    async def run(self, read: Read, write: Write, held: Any, displaced: asyncio.Event | None = None) -> None:
+        """Speak over a connection until it ends, or is displaced by another; `held` is what the other side has of parcels that it has not
+        acknowledged.
 
         Raises:
             LineError: the other side does not keep to the protocol. ConnectionError: nothing can be sent any more.
         """
         self._connection += 1
-        self._wake = asyncio.Event()
+        mine, wake = self._connection, asyncio.Event()
+        self._wake = wake
         self._small.clear()
-        self._had, self._frames = ("", 0), 0
+        self._had, self._frames, self._has = ("", 0), 0, None
         offsets = {k: v for k, v in held.items() if type(v) is int} if isinstance(held, dict) else {}
         for id in [id for id in self._outbox if offsets.get(id) == WHOLE]:  # its acknowledgement was lost
             self.drop(id)
-        sending = asyncio.create_task(self._send(write, offsets, self._connection))
+        sending = asyncio.create_task(self._send(write, offsets, mine, wake))
         reading = asyncio.create_task(self._read(read))
+        ending = asyncio.create_task((displaced or asyncio.Event()).wait())
         try:
-            await asyncio.wait({sending, reading}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({sending, reading, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if ending.done():
+                return
             if not reading.done():
                 # Who cannot send must not go on as if it could; the reader often knows why a moment later.
                 await asyncio.wait({reading}, timeout=SPEAKS if sending.exception() else 0.0)
@@ -115,24 +120,28 @@ class Line:
             elif error := sending.exception():
                 raise error if isinstance(error, LineError) else ConnectionError(f"nothing can be sent: {error}") from error
         finally:
-            for task in (sending, reading):
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError, Exception):
-                    await task
+            if self._connection == mine:
+                self._connection += 1
+            wake.set()
+            reading.cancel()
+            ending.cancel()
+            try:
+                # A write that is only cancelled is still under way in gRPC, and then nothing else can be said over the call.
+                await asyncio.wait({sending}, timeout=SPEAKS)
+            finally:
+                sending.cancel()
+                await asyncio.gather(sending, reading, ending, return_exceptions=True)
 
     async def _read(self, read: Read) -> None:
         while (frame := await read()) is not None:
             self.bytes_in += len(frame)
             self._take(unpack(frame))
 
-    async def _send(self, write: Write, offsets: dict[str, int], connection: int) -> None:
+    async def _send(self, write: Write, offsets: dict[str, int], connection: int, wake: asyncio.Event) -> None:
         sent: set[str] = set()
-        wake = self._wake
-        assert wake
         while connection == self._connection:
             wake.clear()
-            while self._small:
-                await self._write(write, pack(self._small.pop(0)))
+            await self._speak(write)
             parcel = next((p for i, p in self._outbox.items() if i not in sent), None)
             if parcel is None:
                 sent &= self._outbox.keys()
@@ -147,24 +156,31 @@ class Line:
                 continue
             await self._write(write, first)
             for count, frame in enumerate(pieces, 2):
-                if not await self._room(write, parcel.id, count, wake) or connection != self._connection:
+                if not await self._room(write, parcel.id, count, wake, connection):
                     break
                 await self._write(write, frame)
 
-    async def _room(self, write: Write, id: str, count: int, wake: asyncio.Event) -> bool:
+    async def _room(self, write: Write, id: str, count: int, wake: asyncio.Event, connection: int) -> bool:
         """Wait until the other side has so much of a parcel that this many of its frames may go; False where it wants no more of it.
         gRPC takes whatever it is given into memory."""
         while True:
             wake.clear()
-            while self._small:  # what this side acknowledges meanwhile, so that two who send do not wait for each other
-                await self._write(write, pack(self._small.pop(0)))
-            if id not in self._outbox:
+            await self._speak(write)  # what this side has meanwhile, so that two who send do not wait for each other
+            if id not in self._outbox or connection != self._connection:
                 return False
             if self._had[0] != id:
                 self._had = (id, 0)
             if count - self._had[1] <= WINDOW:
                 return True
             await wake.wait()
+
+    async def _speak(self, write: Write) -> None:
+        while self._small or self._has:
+            if self._has:
+                frame, self._has = pack(self._has), None
+            else:
+                frame = pack(self._small.pop(0))
+            await self._write(write, frame)
 
     async def _write(self, write: Write, frame: bytes) -> None:
         await write(frame)
@@ -206,7 +222,8 @@ class Line:
         if not self._arriving.add(frame.header, frame.payload):
             self._frames = 1 if "size" in frame.header else self._frames + 1
             if self._frames % (WINDOW // 2) == 0:
-                self.tell({"is": "have", "id": id, "frames": self._frames})
+                self._has = {"is": "have", "id": id, "frames": self._frames}  # the newest is enough
+                self._nudge()
             return
         whole, self._arriving = self._arriving.parcel(), None
         self._seen[id] = None

@@ -23,6 +23,7 @@ from fedtailor.evaluation import workers
 from fedtailor.federation.agreement import agreement
 from fedtailor.federation.ends import MemberEnd
 from fedtailor.federation.frames import Parcel, said
+from fedtailor.federation.guard import is_here, misshapen
 from fedtailor.federation.remote import EXPERIMENT, FINISH, LETTER, READY, VALID
 from fedtailor.federation.shelf import Full, Shelf
 from fedtailor.filters import chain
@@ -207,6 +208,8 @@ class Member:
             return
         try:
             at = Place(int(parcel.note["round"]), int(parcel.note["step"]))
+            if at.step < 0:
+                raise RunError("a letter of no step")
             view, own, kept = (str(parcel.note[name]) for name in ("view", "own", "kept"))
             message = self._opened(parcel, view)
             self._allowed(message, at.round, parcel.size, view)
@@ -240,6 +243,8 @@ class Member:
         found = found if view else chain(self.world.experiment.filters.down).undo(found)
         if not view and not is_finite(found.body):
             raise RunError("the letter is not finite")
+        if not view and (name := misshapen(found.body, self.world.technique.init)):
+            raise RunError(f"the letter's '{said(name, 100)}' has not the form that this technique's has")
         return found
 
     def _allowed(self, message: Message, round: int, size: int, view: str) -> None:
@@ -320,14 +325,6 @@ class Member:
         section = self.world.experiment.technique
         about = {"model": self.world.backbone.source, "technique": {"kind": section.kind, **section.options}}
         save(tree, self.world.job.layers, self._ends, {**about, "labels": self.world.facts.labels}, middle, folder)
-
-
-def is_here(name: str) -> bool:
-    """Whether this is a path of this machine rather than a name of the hub: those are the member's to give."""
-    try:
-        return Path(name).is_absolute() or name.startswith((".", "~")) or Path(name).exists()
-    except (OSError, ValueError):
-        return True
 
 
 def content(parcel: Parcel) -> bytes:

@@ -11,6 +11,7 @@ import queue
 import re
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ OPTIONS = [
 NAMES = 10_000
 """Names that are known at a time, where whoever says one comes in."""
 NAMED = re.compile(r"[\w.\-@+][\w.\-@+ ]{0,63}", re.ASCII)
+AT_ONCE = 32
+"""Connections of one name that read nothing, and so cannot be told that they end: only where a member is hostile are there any."""
 BURST, PACE = 20.0, 1.0
 """Connections of one name: so many at once, and so many a second after that. An honest member waits longer between two."""
 
@@ -78,8 +81,9 @@ class Post:
         self._address, self._folder, self._limit = address, folder, limit
         self._keys, self._status = keys, status
         self._awaited: dict[ClientId, str] = {}  # the id of the reply that a member owes
-        self._calls: dict[ClientId, tuple[int, Any]] = {}
+        self._calls: dict[ClientId, tuple[int, asyncio.Event]] = {}
         self._lines: dict[ClientId, Line] = {}
+        self._stuck = Counter[ClientId]()
         self._paces: dict[ClientId, tuple[float, float]] = {}  # connections that a name may still make, and when that was counted
         self._count = 0
         self._server: Any = None
@@ -160,7 +164,7 @@ class Post:
         if left < 0:
             return "too many connections in a short time"
         self._paces[member] = left, now
-        return ""
+        return "too many connections at once" if self._stuck[member] >= AT_ONCE else ""
 
     async def _open(self) -> None:
         self._server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=4096)
@@ -205,7 +209,6 @@ class Post:
             member = self._peer(context, self._keys.admit)
         except FedtailorError as error:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
-            return
         if why := self._room(member):
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, why)
         try:
@@ -217,17 +220,17 @@ class Post:
                 raise LineError("the first frame should say hello")
         except (TimeoutError, LineError) as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error) or "no hello in time")
-            return
         line = self._line(member)
         self._count += 1
         mine = self._count
         if member in self._calls:  # a connection that this side does not know to be dead: the newer one counts
-            self._calls[member][1].cancel()
-        task = asyncio.current_task()
-        self._calls[member] = mine, task
+            self._calls[member][1].set()
+        displaced = asyncio.Event()
+        self._calls[member] = mine, displaced
         fresh = hello.get("session") != self.session
         if fresh:
             line.reset()
+        end: tuple[Any, str] | None = None
         try:
             await context.write(pack({"is": "welcome", "session": self.session, "held": line.held()}))
             self.members[member] = Attached(line, time.monotonic(), 0.0)
@@ -237,18 +240,26 @@ class Post:
                 frame = await context.read()
                 return None if frame is grpc.aio.EOF else frame
 
-            await line.run(read, context.write, hello.get("held"))
+            await line.run(read, context.write, hello.get("held"), displaced)
+            if displaced.is_set():
+                end = grpc.StatusCode.ABORTED, f"a newer connection of '{member}' counts: was it started twice?"
         except LineError as error:
-            with contextlib.suppress(Exception):
-                await context.write(pack({"is": "bye", "why": str(error)}))
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            end = grpc.StatusCode.INVALID_ARGUMENT, str(error)
         except (ConnectionError, OSError) as error:  # it is gone, or there is no room for what it sends
-            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+            end = grpc.StatusCode.UNAVAILABLE, str(error)
         finally:
             if self._calls.get(member, (0, None))[0] == mine:
                 del self._calls[member]
                 self.members[member] = Attached(line, None, time.monotonic())
                 self.events.put(Event("detached", member))
+        if end:
+            try:
+                await context.abort(*end)
+            except grpc.aio.AbortError:
+                raise
+            except Exception:
+                self._stuck[member] += 1
+                raise
 
     async def _enrolled(self, request: bytes, context: Any) -> bytes:
         found = context.auth_context().get("x509_pem_cert", [])

@@ -59,7 +59,8 @@ def layers(technique: Technique) -> Layers | None:
 
     # A prefix that goes as a cache counts as text already read: who gives tokens their positions must have a piece of it.
     counted = technique.kind == "prefix" and positions_taken(technique) > 0
-    return Layers(depth, part, whole, int(counted), read=int(technique.backbone.unread is not None))
+    read = int(technique.backbone.unread is not None)
+    return Layers(depth, part, whole, int(counted), read=read, dtype=technique.backbone.model.dtype)  # type: ignore[arg-type]
 
 
 def on_part(technique: Technique, part: Part, make: Callable[[Backbone], Technique]) -> Technique:
