@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import time
@@ -36,10 +37,14 @@ class Process:
 
     def __init__(self, log: Path, *words: str) -> None:
         self.log = log
+        handler = signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # a suite run in the background would hand on that it is ignored
         with log.open("ab") as file:
             self._process = subprocess.Popen(
                 [*COMMAND, *words], stdout=subprocess.DEVNULL, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}
             )
+        signal.signal(signal.SIGINT, handler)
 
     @property
     def pid(self) -> int:
