@@ -28,9 +28,8 @@ import hostile
 from fedtailor import wire
 from fedtailor.core import Message
 from fedtailor.federation import post
-from fedtailor.federation.frames import Parcel
+from fedtailor.federation.frames import EXPERIMENT, Parcel
 from fedtailor.federation.member import Member, Own
-from fedtailor.federation.remote import EXPERIMENT
 from hostile import FRAMES, Attack, Dice
 from owners import Federation, Owners, owners
 from test_hostile import Liar, in_the_way, letter, member_of, told

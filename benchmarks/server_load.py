@@ -27,9 +27,9 @@ from fedtailor.engines.states import States
 from fedtailor.federation import keys
 from fedtailor.federation.dial import Credentials, Dial
 from fedtailor.federation.doors import server_doors
-from fedtailor.federation.frames import Parcel
+from fedtailor.federation.frames import EXPERIMENT, READY, Parcel
 from fedtailor.federation.post import Post
-from fedtailor.federation.remote import EXPERIMENT, READY, Remote, Rules
+from fedtailor.federation.remote import Remote, Rules
 from fedtailor.filters import chain
 from fedtailor.ledger import Ledger
 from fedtailor.losses import classification

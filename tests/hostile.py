@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
-import pickle
 import random
 import subprocess
 import sys
@@ -229,9 +229,9 @@ async def storming(address: str, attacks: Sequence[Attack], at_once: int) -> lis
 
 def storm(address: str, attacks: Sequence[Attack], at_once: int = 16) -> list[str]:
     """How each ends. A process of its own sends them: gRPC's loops in one process get into each other's way."""
-    given = pickle.dumps((address, list(attacks), at_once))
-    ran = subprocess.run([sys.executable, __file__], input=given, capture_output=True, check=False, timeout=1800)
-    assert ran.returncode == 0, ran.stderr.decode()
+    given = json.dumps([address, attacks, at_once], default=lambda blob: {"base64": base64.b64encode(blob).decode()})
+    ran = subprocess.run([sys.executable, __file__], input=given, capture_output=True, text=True, check=False, timeout=1800)
+    assert ran.returncode == 0, ran.stderr
     return list(json.loads(ran.stdout))
 
 
@@ -241,6 +241,5 @@ def experiment(values: Any) -> bytes:
 
 
 if __name__ == "__main__":
-    import hostile  # under the name that the attacks were written with
-
-    print(json.dumps(asyncio.run(hostile.storming(*pickle.load(sys.stdin.buffer)))))
+    address, attacks, at_once = json.load(sys.stdin, object_hook=lambda found: base64.b64decode(found["base64"]))
+    print(json.dumps(asyncio.run(storming(address, [Attack(*one) for one in attacks], at_once))))

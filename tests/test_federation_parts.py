@@ -25,6 +25,7 @@ from fedtailor.federation import member
 from fedtailor.federation.agreement import weights
 from fedtailor.simulation import World
 from owners import NAMES, Owners, federated, owners
+from tiny import same
 
 FRONTS = {"east": 0, "north": 1, "south": 0}
 FLEXP = {"algorithm": {"kind": "flexp", "front": [0, 1], "back": 0, "alignment": 0.5}}
@@ -134,3 +135,15 @@ def test_the_process_of_a_member_is_smaller_by_what_it_does_not_hold(three: Owne
         printed = subprocess.run(words, check=True, capture_output=True, text=True).stdout
         resident[held] = int(printed.split()[-1]) / 1e6
     assert resident["whole"] - resident["ends"] > 20
+
+
+def test_everybody_is_given_the_own_middle_to_keep(tmp_path: Path, folders: Callable[[str], Path]) -> None:
+    """And nobody's else: four members, as what was sent to one may lie in memory where something of another one did."""
+    four = owners(tmp_path, folders("bert"), names=("east", "north", "south", "west"))
+    served = federated(four, tmp_path, algorithm={"kind": "flexp", "front": 1, "back": 0, "alignment": 0.0})
+    assert isinstance(served.summary, dict), served.summary
+    found = States(tmp_path / "run" / "state").resume()
+    assert found is not None
+    for name in four.own:
+        kept = load_file(tmp_path / f"home-{name}" / "ends" / "middle.safetensors")
+        assert same(kept, found[1]["middles"][name]["params"]), name

@@ -26,10 +26,9 @@ from fedtailor.core import SERVER, Message
 from fedtailor.errors import FedtailorError, RunError
 from fedtailor.federation import frames, join, line, post
 from fedtailor.federation.dial import Dial
-from fedtailor.federation.frames import LineError, Parcel, pack, said
+from fedtailor.federation.frames import EXPERIMENT, FINISH, LETTER, LineError, Parcel, pack, said
 from fedtailor.federation.line import Line
 from fedtailor.federation.member import Limits, Member, Own
-from fedtailor.federation.remote import EXPERIMENT, FINISH, LETTER
 from fedtailor.federation.replies import complaint, spent
 from fedtailor.filters import AT, SCALE, SHAPE, chain
 from hostile import FRAMES, WANTED, Attack, Dice
@@ -336,6 +335,7 @@ def test_names_and_connections_are_bounded(tmp_path: Path, monkeypatch: pytest.M
         many = hostile.storm(address, [Attack(f"m{i}", [b"?"]) for i in range(200)])
         assert many.count("INVALID_ARGUMENT") >= 150  # who is gone makes room
         assert len(server.members) <= 50
+        assert server._lines.keys() == server.members.keys()
         deadline = time.monotonic() + 10
         while any(known.since is not None for known in server.members.values()) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -439,10 +439,21 @@ def test_going_back_to_an_earlier_round_allows_no_more(three: Owners, tmp_path: 
     assert whys == [False, False, True, True, True]
 
 
-def test_what_comes_before_the_experiment_is_refused(three: Owners, tmp_path: Path) -> None:
+def test_a_letter_before_the_experiment_waits_for_it(three: Owners, tmp_path: Path) -> None:
+    """A server writes one where a member was started again and its greeting is still to come. One: a server cannot fill the memory."""
     member, ear = member_of(three, tmp_path)
-    member._letter(letter(Message("train"), "x"))
-    assert "before the experiment" in ear.sent[-1].note["why"]
+    large = tmp_path / "large"
+    large.write_bytes(b"x")
+    member._letter(letter(b"", "x")._replace(content=large))
+    member._letter(letter(Message("train"), "y"))
+    assert not ear.sent
+    assert not large.exists()
+    member._begin(Parcel("e", {"is": EXPERIMENT}, hostile.experiment(told(three))))
+    assert [(parcel.id, parcel.note["is"]) for parcel in ear.sent] == [("e", "ready"), ("y", LETTER)]
+
+
+def test_the_end_before_the_experiment_is_refused(three: Owners, tmp_path: Path) -> None:
+    member, _ = member_of(three, tmp_path)
     with pytest.raises(RunError, match="not begun"):
         member._finish(Parcel("f", {"is": FINISH}, b""))
 

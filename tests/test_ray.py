@@ -21,7 +21,7 @@ from fedtailor import launch, wire
 from fedtailor.config import Experiment, parse
 from fedtailor.core import Message
 from fedtailor.engines.clients import Done, Place
-from fedtailor.engines.parcels import Answer, Carried, Deal, Dealer, Result, Task, own_bytes, raised, taken, told, worked
+from fedtailor.engines.deals import Answer, Carried, Deal, Dealer, Result, Task, own_bytes, raised, taken, told, worked
 from fedtailor.errors import ConfigError, DataError, FedtailorError, RunError
 from fedtailor.folder import written
 from fedtailor.run import Watch, run

@@ -15,8 +15,8 @@ from fedtailor.config import EngineSection, Experiment, parse
 from fedtailor.core import ClientId
 from fedtailor.engines.answering import Crew, Workers
 from fedtailor.engines.clients import Clients, Owner, Sites
+from fedtailor.engines.deals import Answer, Task, told, worked
 from fedtailor.engines.local import Hands, Local
-from fedtailor.engines.parcels import Answer, Task, told, worked
 from fedtailor.engines.states import States
 from fedtailor.errors import ConfigError, FedtailorError, RunError
 from fedtailor.evaluation import workers

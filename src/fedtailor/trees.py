@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -61,14 +62,18 @@ def zeros_like(tree: Tree) -> Tree:
     return tree_map(torch.zeros_like, tree)
 
 
+class UnequalShapes(ValueError):
+    """Tensors of one name that should have one shape."""
+
+
 def weighted_mean(trees: Sequence[Mapping[str, Any]], weights: Sequence[float]) -> Tree:
     """sum_k w_k tree_k / sum_k w_k, tensor by tensor, so that trees on disk are never in memory together.
 
     The sum runs in the order given (client order, so that arrival order cannot change a bit) and in float32 or better.
 
     Raises:
-        ValueError: no trees, unequal numbers of trees and weights, unequal shapes, or weights that do not add up to something
-            positive.
+        UnequalShapes: as it says. ValueError: no trees, unequal numbers of trees and weights, or weights that do not add up to
+            something positive.
     """
     total = float(sum(weights))
     if not trees or len(trees) != len(weights) or not total > 0:
@@ -84,7 +89,7 @@ def weighted_mean(trees: Sequence[Mapping[str, Any]], weights: Sequence[float]) 
             for tree, weight in zip(trees[1:], weights[1:], strict=True):
                 part = tree[name]
                 if part.shape != first.shape:  # or torch would broadcast
-                    raise ValueError(f"weighted_mean of shapes {list(first.shape)} and {list(part.shape)} for '{name}'")
+                    raise UnequalShapes(f"weighted_mean of shapes {list(first.shape)} and {list(part.shape)} for '{name}'")
                 mean.add_(part.to(exact), alpha=weight / total)
             # A count that is equal everywhere must not lose one to rounding.
             out[name] = (mean if first.is_floating_point() else mean.round()).to(first.dtype)
@@ -110,10 +115,12 @@ def overlapping_mean(trees: Sequence[Mapping[str, Any]], weights: Sequence[float
     """`weighted_mean` of trees that hold the first entries of `like` along each axis: every entry is averaged over the trees
     that hold it, with their weights, and is 0 where none does. Equal shapes give `weighted_mean`, bit for bit.
     """
-    if all(tree[name].shape == t.shape for name, t in like.items() if isinstance(t, Tensor) for tree in trees):
-        return weighted_mean(trees, weights)
     out: Tree = {}
     for name, whole in like.items():
+        with contextlib.suppress(UnequalShapes):  # tried first, and not asked: a tree on disk is read once so
+            out |= weighted_mean([_Only(tree, name) for tree in trees], weights)
+        if not isinstance(whole, Tensor) or (name in out and out[name].shape == whole.shape):
+            continue
         total, held = torch.zeros_like(whole), torch.zeros_like(whole)
         for tree, weight in zip(trees, weights, strict=True):
             part = tuple(slice(0, size) for size in tree[name].shape)

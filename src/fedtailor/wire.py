@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -197,6 +198,12 @@ def check(message: Message, verb: str | None = None, like: Mapping[str, Any] | N
                     f"expected {want[name].dtype} {list(want[name].shape)}"
                 )
     return message
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def atomically(path: Path, write_to: Any, mode: int = 0o644) -> int:

@@ -24,6 +24,7 @@ from fedtailor.engines.answering import Crew, Workers
 from fedtailor.engines.cache import Cache
 from fedtailor.engines.clients import Clients, Done, Place, Sites
 from fedtailor.engines.clock import is_lost, seconds
+from fedtailor.engines.engine import hold
 from fedtailor.engines.states import States
 from fedtailor.errors import RunError
 from fedtailor.filters import NOTHING, Filter
@@ -96,7 +97,6 @@ class Local:
         self._cache.lie(states.folder)
         self.clock = 0.0
         self.under_way: dict[ClientId, Reply] = {}
-        self._steps = 0  # yields since the round began: part of what names a letter
         self._spool = tempfile.TemporaryDirectory(prefix="fedtailor-")
 
     def converse(self, talk: Talk, round: int, sites: Sites | None = None) -> Any:
@@ -104,31 +104,21 @@ class Local:
 
         With `sites` it is an evaluation among those sites: nothing is filtered, charged to the ledger, lost or late.
         """
-        self._steps = 0
-        inbox: dict[ClientId, Message] | None = None
-        while True:
-            try:
-                letters = talk.send(inbox) if inbox is not None else next(talk)
-            except StopIteration as end:
-                return end.value
-            if not isinstance(letters, Letters):
-                letters = Letters(letters)
-            self._steps += 1
-            if letters.note:
-                self.notice(f"round {round}: {letters.note}")
-            if sites is not None:
-                inbox = {r.client: r.message for r in self._work(letters.to, round, sites, free=True)}
-            else:
-                inbox = self._exchange(letters, round)
 
-    def _exchange(self, letters: Letters, round: int) -> dict[ClientId, Message]:
+        def judged(letters: Letters, at: Place) -> dict[ClientId, Message]:
+            assert sites
+            return {r.client: r.message for r in self._work(letters.to, at, sites, free=True)}
+
+        return hold(talk, round, self.notice, judged if sites else self._exchange)
+
+    def _exchange(self, letters: Letters, at: Place) -> dict[ClientId, Message]:
         sent, silent = self.clock, set(letters.to) - {SERVER}
-        for reply in self._work(letters.to, round, self.sites, free=False):
+        for reply in self._work(letters.to, at, self.sites, free=False):
             self.under_way[reply.client] = reply
             silent.discard(reply.client)
         if letters.wait == "any":
             for client in silent:  # a line that is cut is noticed
-                noticed = self.deadline or 2 * self.sites(client, round).device.latency
+                noticed = self.deadline or 2 * self.sites(client, at.round).device.latency
                 self.under_way[client] = Reply(sent + noticed, client, Message(LOST))
             if not self.under_way:
                 return {}
@@ -141,7 +131,7 @@ class Local:
             del self.under_way[client]
         if late or len(awaited) < len(letters.to):
             missing = sorted(set(letters.to) - set(awaited) | set(late))
-            self.notice(f"round {round}: no reply in time from {', '.join(missing)}")
+            self.notice(f"round {at.round}: no reply in time from {', '.join(missing)}")
         arrivals = [reply.arrives for c, reply in awaited.items() if c not in late]
         # The server cannot know that a reply is lost: it waits until the deadline, where there is one.
         self.clock = limit if self.deadline and len(arrivals) < len(letters.to) else max(arrivals, default=sent)
@@ -153,7 +143,7 @@ class Local:
             del self.under_way[client]
         return {client: reply.message for client, reply in taken.items()}
 
-    def _work(self, letters: Mapping[ClientId, Message], round: int, sites: Sites, free: bool) -> Iterator[Reply]:
+    def _work(self, letters: Mapping[ClientId, Message], at: Place, sites: Sites, free: bool) -> Iterator[Reply]:
         """Deliver letters, let the clients work in waves, and give their replies; `free`: nothing is charged or lost."""
         opened: dict[Any, tuple[int, Message]] = {}
         wave: list[ClientId] = []
@@ -166,19 +156,19 @@ class Local:
             if key not in opened:
                 opened[key] = self._carry(message, free or client == SERVER)  # what stays beside the server crosses no wire
             size, _ = opened[key]
-            site = sites(client, round)
+            site = sites(client, at.round)
             charged = not free and client != SERVER
             if charged:
                 self.ledger.add(client, letters=1, bytes_down=size)
-            if charged and is_lost(site.device, self.seed, client, round, self._steps):
+            if charged and is_lost(site.device, self.seed, client, at.round, at.step):
                 self.progress(client)
                 continue
             wave.append(client)
             if len(wave) >= self._wave(message):
-                yield from self._wave_of(wave, letters, opened, round, sites, free)
+                yield from self._wave_of(wave, letters, opened, at, sites, free)
                 wave = []
         if wave:
-            yield from self._wave_of(wave, letters, opened, round, sites, free)
+            yield from self._wave_of(wave, letters, opened, at, sites, free)
 
     def _wave(self, message: Message) -> int:
         return self._clients.lanes * (WAVE if nbytes(message.body) < 16 * SPOOL else self.workers.count)
@@ -194,19 +184,19 @@ class Local:
         clients: list[ClientId],
         letters: Mapping[ClientId, Message],
         opened: Mapping[Any, tuple[int, Message]],
-        round: int,
+        at: Place,
         sites: Sites,
         free: bool,
     ) -> Iterator[Reply]:
         arrived = {client: opened[_name(client, letters[client])] for client in clients}
         messages = {client: message for client, (_, message) in arrived.items()}
-        for done in self._clients.work(messages, Place(round, self._steps), sites, free):
+        for done in self._clients.work(messages, at, sites, free):
             if done.reply is None:
-                self.notice(f"round {round}: {done.client} set aside: {done.why}")
+                self.notice(f"round {at.round}: {done.client} set aside: {done.why}")
             elif free:
                 yield Reply(self.clock, done.client, done.reply)
             else:
-                yield self._reply(done.client, done.reply, arrived[done.client][0], done, sites(done.client, round).device)
+                yield self._reply(done.client, done.reply, arrived[done.client][0], done, sites(done.client, at.round).device)
 
     def _reply(self, client: ClientId, reply: Message, down: int, done: Done, device: Device) -> Reply:
         """Encode and charge a reply."""

@@ -22,7 +22,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayE
 from fedtailor import wire
 from fedtailor.core import SERVER, ClientId, Message
 from fedtailor.engines.clients import Clients, Done, Place, Sites
-from fedtailor.engines.parcels import Answer, Deal, Dealer, Task, own_bytes, raised, taken
+from fedtailor.engines.deals import Answer, Deal, Dealer, Task, own_bytes, raised, taken
 from fedtailor.errors import RunError, first_line
 
 STARTING = 600.0

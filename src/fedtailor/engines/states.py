@@ -107,7 +107,7 @@ class States:
             wire.write(Message("state", tree), self.folder / name)
         except OSError as error:
             raise RunError(f"{self.folder}: cannot write state ({error.strerror}): free space, then --resume") from error
-        self.digests[name] = _digest(self.folder / name)
+        self.digests[name] = wire.sha256_of(self.folder / name)
         return name
 
     def _read(self, name: str) -> Message:
@@ -116,7 +116,7 @@ class States:
 
     def _verify(self, name: str) -> None:
         path = self.folder / name
-        if not path.is_file() or _digest(path) != self.digests.get(name):
+        if not path.is_file() or wire.sha256_of(path) != self.digests.get(name):
             raise RunError(f"{path}: corrupt checkpoint (missing or altered): start afresh with another --out")
 
     def _sweep(self, named: set[str]) -> None:
@@ -125,8 +125,3 @@ class States:
                 path.unlink(missing_ok=True)
         for path in self.folder.glob(".writing-*"):
             path.unlink(missing_ok=True)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

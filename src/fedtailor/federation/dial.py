@@ -35,6 +35,8 @@ FINAL = (
 )
 """What another attempt would not change."""
 
+REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.FAILED_PRECONDITION)
+
 
 class Credentials:
     """PEM bytes of who one is and of the authority that one trusts; none where `--insecure` was typed."""
@@ -75,9 +77,7 @@ def explained(address: str, error: grpc.aio.AioRpcError) -> str:
     """Why there is no connection, in one line."""
     told = said(error.details() or "")
     low = told.lower()
-    if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
-        return f"the server at {address} refuses: {told}"
-    if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
+    if error.code() in REFUSED:
         return f"the server at {address} refuses: {told}"
     if any(word in low for word in ("certificate", "handshake", "ssl", "tls")):
         return (

@@ -64,6 +64,12 @@ def _no_number(text: str) -> float:
     raise ValueError(f"{text} is no number of JSON")
 
 
+EXPERIMENT, READY, LETTER, FINISH = "experiment", "ready", "letter", "finish"
+"""What a parcel is, by its note: the experiment and a member's answer to it, a letter or its reply, and the model at the end."""
+VALID, TEST = "valid", "test"
+"""Whose rows a letter of an evaluation is about."""
+
+
 class Parcel(NamedTuple):
     """Something large with a name: a letter or a reply. The same id is the same parcel, however often it is sent."""
 

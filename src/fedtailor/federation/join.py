@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedtailor.errors import RunError
 from fedtailor.federation.dial import Dial
 from fedtailor.federation.doors import Doors
 from fedtailor.federation.member import Limits, Member, Own
+from fedtailor.federation.shelf import arriving
 
 
 def join(
@@ -21,21 +21,8 @@ def join(
         RunError: the server refuses this member, or the home cannot be written. ConfigError, DataError: what this member has does not suit
             the experiment.
     """
-    try:
-        (home / "line").mkdir(parents=True, exist_ok=True)
-        for path in (home / "line").iterdir():  # of a process that was killed
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot write to '{home}': {error.strerror}") from error
-    dial = Dial(server, doors.name, doors.credentials, home / "line", limits.memory, notice)
-    said = [0]
-
-    def round(number: int, rounds: int, verb: str) -> None:
-        if number != said[0]:
-            said[0] = number
-            notice(f"round {number}/{rounds}: {verb}")
-
-    member = Member(doors.name, dial, home, own, limits, notice, round)
+    dial = Dial(server, doors.name, doors.credentials, arriving(home), limits.memory, notice)
+    member = Member(doors.name, dial, home, own, limits, notice)
     dial.open()
     try:
         return member.serve()

@@ -21,10 +21,9 @@ from fedtailor.equip import Facts
 from fedtailor.errors import ConfigError, FedtailorError, RunError, nearest
 from fedtailor.evaluation import workers
 from fedtailor.federation.agreement import agreement
-from fedtailor.federation.ends import MemberEnd
-from fedtailor.federation.frames import Parcel, said
+from fedtailor.federation.carriers import MemberEnd
+from fedtailor.federation.frames import EXPERIMENT, FINISH, LETTER, READY, VALID, Parcel, said
 from fedtailor.federation.guard import is_here, misshapen
-from fedtailor.federation.remote import EXPERIMENT, FINISH, LETTER, READY, VALID
 from fedtailor.federation.shelf import Full, Shelf
 from fedtailor.filters import chain
 from fedtailor.simulation import OWN, World, build, of_member
@@ -64,16 +63,16 @@ class Member:
         own: Own,
         limits: Limits,
         notice: Callable[[str], None] = lambda line: None,
-        round: Callable[[int, int, str], None] = lambda number, rounds, verb: None,
     ) -> None:
-        self.name, self.dial, self.home, self.own, self.limits = name, dial, home, own, limits
-        self.notice, self.progress = notice, round
+        self.name, self.dial, self.home, self.own, self.limits, self.notice = name, dial, home, own, limits, notice
         self.shelf = Shelf(home / "state")
         self.world: World | None = None
         self._agreed: dict[str, Any] = {}
         self._ends: Ends | None = None  # what it holds of a model that is cut
         self._told = b""  # the experiment as it came
         self._clients: Clients | None = None
+        self._early: Parcel | None = None  # a letter that came before the experiment
+        self._round = 0  # the one that was told of last
         # By round, so that a server which goes back and forth between rounds is allowed no more.
         self._bytes, self._passes = defaultdict[int, float](float), defaultdict[int, float](float)
 
@@ -121,6 +120,9 @@ class Member:
                 parcel, RunError(f"the server's experiment cannot be used here: {type(error).__name__}: {said(error)}")
             )
         self.dial.send(Parcel(parcel.id, {"is": READY, **self._agreed}, b""))
+        early, self._early = self._early, None
+        if early:
+            self._letter(early)
 
     def _declined(self, parcel: Parcel, error: FedtailorError) -> NoReturn:
         self.dial.send(Parcel(parcel.id, {"is": READY, "why": said(error, 500)}, b""))
@@ -202,11 +204,15 @@ class Member:
     # Letters
 
     def _letter(self, parcel: Parcel) -> None:
-        done = self.shelf.replied(parcel.id)
-        if done:
-            self.dial.send(Parcel(parcel.id, *done))
+        if self.world is None:  # a server may send one before it notices that this process is a new one
+            if self._early:
+                self._early.discard()
+            self._early = parcel
             return
         try:
+            if done := self.shelf.replied(parcel.id):
+                self.dial.send(Parcel(parcel.id, *done))
+                return
             at = Place(int(parcel.note["round"]), int(parcel.note["step"]))
             if at.step < 0:
                 raise RunError("a letter of no step")
@@ -232,8 +238,7 @@ class Member:
         self.dial.send(Parcel(parcel.id, note, content))
 
     def _opened(self, parcel: Parcel, view: str) -> Message:
-        if self.world is None:
-            raise RunError("a letter came before the experiment")
+        assert self.world
         limit = self.limits.memory
         found = (
             wire.decode(parcel.content, limit)
@@ -270,7 +275,9 @@ class Member:
     def _answer(self, message: Message, at: Place, view: str) -> tuple[dict[str, Any], Message]:
         assert self.world
         assert self._clients
-        self.progress(at.round, self.world.experiment.rounds, message.verb)
+        if at.round != self._round:
+            self._round = at.round
+            self.notice(f"round {at.round}/{self.world.experiment.rounds}: {message.verb}")
         sites = self.world.valid_sites if view == VALID else self.world.sites
         (done,) = self._clients.work({self.name: message}, at, sites, bool(view))
         if done.reply is None:

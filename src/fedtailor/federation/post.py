@@ -21,7 +21,7 @@ import grpc
 from fedtailor.core import ClientId
 from fedtailor.errors import FedtailorError, RunError
 from fedtailor.federation import network
-from fedtailor.federation.ends import Attached, Event
+from fedtailor.federation.carriers import Attached, Event
 from fedtailor.federation.frames import MAX_FRAME, Header, LineError, Parcel, pack, unpack
 from fedtailor.federation.line import Line
 
@@ -155,7 +155,7 @@ class Post:
                 del self._paces[name]
                 known = self.members.get(name)
                 if known and known.since is None and known.line.idle:
-                    del self.members[name]
+                    del self.members[name], self._lines[name]
             if len(self._paces) >= NAMES:
                 return "too many names are known here"
         left, counted = self._paces.get(member, (BURST, 0.0))

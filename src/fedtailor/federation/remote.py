@@ -16,22 +16,20 @@ from fedtailor.core import LOST, SERVER, Algorithm, ClientId, Letters, Message, 
 from fedtailor.engines.answering import Crew, Workers
 from fedtailor.engines.cache import Cache
 from fedtailor.engines.clients import Clients, Place, Sites
+from fedtailor.engines.engine import hold
 from fedtailor.engines.states import States
 from fedtailor.errors import RunError
-from fedtailor.federation.ends import ServerEnd
-from fedtailor.federation.frames import Header, Parcel, said
+from fedtailor.federation.carriers import ServerEnd
+from fedtailor.federation.frames import LETTER, READY, TEST, VALID, Header, Parcel, said
 from fedtailor.federation.replies import complaint, spent
 from fedtailor.filters import NOTHING, Filter
 from fedtailor.ledger import Ledger
 from fedtailor.trees import nbytes
 
-LETTER, EXPERIMENT, READY, FINISH = "letter", "experiment", "ready", "finish"
 LARGE = 16 << 20
 """Bytes from which a letter is sent from a file."""
 TICK = 0.2
 """Seconds after which the wait for a reply looks whether somebody is late or gone."""
-VALID, TEST = "valid", "test"
-"""Whose rows an evaluation is about: the names of sets of sites that a member has too."""
 
 
 class Rules(NamedTuple):
@@ -83,14 +81,12 @@ class Remote:
         self.algorithm, self.sites, self.valid_sites, self.workers = algorithm, sites, valid_sites, workers
         self.states, self.ledger, self.post, self.up, self.down, self.rules = states, ledger, post, up, down, rules
         self.greet, self.agree, self.notice, self.progress, self.rows = greet, agree, notice, progress, rows
-        self.clock = 0.0
-        self.round, self.ready = 0, set[ClientId]()
         self._clients = Clients(algorithm, workers, states, up, seed, stacked=False, notice=notice)
         steps = workers.of(SERVER).steps
         self._cache = steps.cache if steps else Cache()
         self._cache.lie(states.folder)
         self._started = time.monotonic()
-        self._count, self._steps = 0, 0
+        self._count = 0
         self._agreed: set[ClientId] = set()
         self._letters = tempfile.TemporaryDirectory(prefix="fedtailor-")  # large ones, until the next
         self._owed: dict[ClientId, Owed] = {}
@@ -98,30 +94,26 @@ class Remote:
         self._again: dict[ClientId, Owed] = {}  # of a checkpoint: to be sent once more
         self._kept: dict[ClientId, str] = {}  # digests of own states at the last checkpoint
 
+    @property
+    def clock(self) -> float:
+        return time.monotonic() - self._started
+
+    @property
+    def ready(self) -> set[ClientId]:
+        """Members that work on what they are sent."""
+        return {member for member in self._agreed if self.post.attached(member)}
+
     def converse(self, talk: Talk, round: int, sites: Sites | None = None) -> Any:
         """Drive a conversation to its end and return its value; with `sites` it is an evaluation."""
         view = "" if sites is None else VALID if sites is self.valid_sites else TEST
-        self.round, self._steps = round, 0
         before: dict[ClientId, Message] = {}
-        if (
-            view
-        ):  # a member does one thing after the other, so its reply to what is under way comes first, and stays for the next round
+        if view:
+            # A member does one thing after the other: its reply to what is under way comes first, and stays for the next round.
             self.wait(lambda: not self._owed, self._missing)
             before, self._came = self._came, {}
-        inbox: dict[ClientId, Message] | None = None
-        while True:
-            try:
-                letters = talk.send(inbox) if inbox is not None else next(talk)
-            except StopIteration as end:
-                self._came |= before
-                return end.value
-            if not isinstance(letters, Letters):
-                letters = Letters(letters)
-            self._steps += 1
-            if letters.note:
-                self.notice(f"round {round}: {letters.note}")
-            inbox = self._exchange(letters, Place(round, self._steps), view, sites or self.sites)
-            self.clock = self._elapsed()
+        value = hold(talk, round, self.notice, lambda letters, at: self._exchange(letters, at, view, sites or self.sites))
+        self._came |= before
+        return value
 
     def wait(self, enough: Callable[[], bool], tick: Callable[[], None] = lambda: None) -> None:
         """Listen until there is enough."""
@@ -133,7 +125,7 @@ class Remote:
         self._kept = dict(self.states.elsewhere)
         owed = {c: o for c, o in self._owed.items() if not o.view}
         return {
-            "clock": self._elapsed(),
+            "clock": self.clock,
             "cache": self._cache.dump(),
             "came": {c: {"verb": m.verb, "info": dict(m.info), "body": m.body} for c, m in self._came.items()},
             "owed": {
@@ -144,7 +136,6 @@ class Remote:
 
     def load(self, dumped: Tree) -> None:
         self._started = time.monotonic() - float(dumped["clock"])
-        self.clock = float(dumped["clock"])
         self._cache.load(dumped["cache"])
         self._kept = dict(self.states.elsewhere)
         self._came = {c: Message(m["verb"], m["body"], m["info"]) for c, m in dumped["came"].items()}
@@ -160,9 +151,6 @@ class Remote:
         self._letters.cleanup()
 
     # One exchange
-
-    def _elapsed(self) -> float:
-        return time.monotonic() - self._started
 
     def _exchange(self, letters: Letters, at: Place, view: str, sites: Sites) -> dict[ClientId, Message]:
         if not view:
@@ -198,14 +186,10 @@ class Remote:
 
     def _quorum(self, members: Mapping[ClientId, Message]) -> None:
         """A round begins with as many members as it needs."""
-        least = min(self.rules.least, len(members))
-
-        def attached() -> int:
-            return sum(c in self.ready and self.post.attached(c) for c in members)
-
-        if attached() < least:
-            self.notice(f"waiting for members: {attached()} of {least} that a round needs are attached")
-            self.wait(lambda: attached() >= least)
+        least, ready = min(self.rules.least, len(members)), len(self.ready & members.keys())
+        if ready < least:
+            self.notice(f"waiting for members: {ready} of {least} that a round needs are attached")
+            self.wait(lambda: len(self.ready & members.keys()) >= least)
 
     def _send(self, members: Mapping[ClientId, Message], at: Place, view: str) -> None:
         encoded: dict[Any, bytes | Path] = {}
@@ -256,19 +240,15 @@ class Remote:
         except queue.Empty:
             return
         if event.kind == "attached":
-            if event.header["fresh"]:
+            if event.header["fresh"]:  # else its line goes on where it stopped
                 self._agreed.discard(event.member)
                 self.greet(event.member)
-            elif event.member in self._agreed:  # its line goes on where it stopped
-                self.ready.add(event.member)
         elif event.kind == "detached":
-            self.ready.discard(event.member)
             self.notice(f"{event.member} is cut off")
         elif event.parcel and event.parcel.note.get("is") == READY:
             event.parcel.discard()
             if self.agree(event.member, event.parcel.note):
                 self._agreed.add(event.member)
-                self.ready.add(event.member)
                 if event.member in self._owed:  # it was written before the member came, or the member has forgotten it
                     self._write(event.member, self._owed[event.member])
         elif event.parcel:

@@ -17,10 +17,10 @@ from fedtailor.equip import Facts
 from fedtailor.errors import ConfigError
 from fedtailor.evaluation import broadcast_of, workers
 from fedtailor.federation.agreement import agreement, difference
-from fedtailor.federation.ends import ServerEnd
-from fedtailor.federation.frames import Header, Parcel, said
+from fedtailor.federation.carriers import ServerEnd
+from fedtailor.federation.frames import EXPERIMENT, FINISH, Header, Parcel, said
 from fedtailor.federation.post import Keys, Post
-from fedtailor.federation.remote import EXPERIMENT, FINISH, TICK, Remote, Rules
+from fedtailor.federation.remote import TICK, Remote, Rules
 from fedtailor.filters import chain
 from fedtailor.folder import FACTS, check_folder, facts_of, make_folder, record, writing, written
 from fedtailor.ledger import Ledger
@@ -94,13 +94,13 @@ def _gathered(experiment: Experiment, out: Path, post: ServerEnd, watch: Watch) 
     count = experiment.clients.count
     members = facts_of(out).clients if (out / FACTS).is_file() else []
     watch.stage("waiting for members")
-    said = -1
+    before = -1
     while not members:
         here = [name for name, known in list(post.members.items()) if known.since is not None]
-        if len(here) != said:
-            said = len(here)
-            watch.notice(f"{said} of {count} members are attached" + (f": {', '.join(sorted(here))}" if here else ""))
-        if said >= count:
+        if len(here) != before:
+            before = len(here)
+            watch.notice(f"{before} of {count} members are attached" + (f": {', '.join(sorted(here))}" if here else ""))
+        if len(here) >= count:
             members = sorted(here)
         time.sleep(TICK)
     return of_server(experiment, Facts(experiment.data.kind, experiment.data.labels, bool(experiment.data.pair), members, 0))
@@ -207,14 +207,16 @@ class Server:
 
     def _end(self, engine: Remote, state: Tree, states: States) -> None:
         """Give every member what it needs to keep the model, and wait until they have it."""
-        world, blobs = self.world, dict[int, bytes]()
+        world, told = self.world, {"state_hash": states.hash(state)}
+
+        def encoded(model: Tree) -> bytes:
+            return wire.encode(Message(FINISH, {"broadcast": model, "told": told}))
+
+        everybodys = b"" if world.algorithm.personal else encoded(world.algorithm.model(state))
         for number, member in enumerate(world.facts.clients):
-            body = broadcast_of(world, state, member) if world.algorithm.personal else world.algorithm.model(state)
-            if id(body) not in blobs:
-                told = {"state_hash": states.hash(state)}
-                blobs[id(body)] = wire.encode(Message(FINISH, {"broadcast": body, "told": told}))
+            model = everybodys or encoded(broadcast_of(world, state, member))
             note = {"is": FINISH, "own": states.elsewhere.get(member, "")}
-            self.post.send(member, Parcel(f"{self.post.session}-finish-{number}", note, blobs[id(body)]), reply=False)
+            self.post.send(member, Parcel(f"{self.post.session}-finish-{number}", note, model), reply=False)
         until = time.monotonic() + world.experiment.clients.grace
         waiting = set(world.facts.clients)
 

@@ -16,6 +16,22 @@ from fedtailor.core import ClientId, Message, Tree
 from fedtailor.errors import RunError
 
 
+def arriving(home: Path) -> Path:
+    """The folder in which what is large arrives, empty: what a process that was killed left is of no use.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    folder = home / "line"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot write to '{home}': {error.strerror}") from error
+    return folder
+
+
 class Full(RunError):
     """Nothing more can be kept: it is no use to go on."""
 
@@ -50,7 +66,7 @@ class Shelf:
         if not self.now:
             return {}
         path = self._path(self.now)
-        if _digest(path) != self.now:
+        if wire.sha256_of(path) != self.now:
             raise RunError(f"{path}: altered or cut short: start the federation afresh with another --out")
         return dict(wire.read(path).body)
 
@@ -61,7 +77,7 @@ class Shelf:
         temporary = self.folder / "own.safetensors"
         try:
             wire.write(Message("state", own), temporary)
-            self.now = _digest(temporary)
+            self.now = wire.sha256_of(temporary)
             temporary.replace(self._path(self.now))
         except OSError as error:
             raise Full(f"{self.folder}: cannot write state ({error.strerror}): free space, then join again") from error
@@ -96,8 +112,3 @@ class Shelf:
         if len(digest) != 64 or not all(c in "0123456789abcdef" for c in digest):
             raise RunError("the server names an own state that has no such name")
         return self.folder / f"own-{digest}.safetensors"
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

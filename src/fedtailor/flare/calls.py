@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from fedtailor.core import ClientId
 from fedtailor.errors import RunError
-from fedtailor.federation.ends import Attached, Event
+from fedtailor.federation.carriers import Attached, Event
 from fedtailor.federation.frames import Header, Parcel
 from fedtailor.flare.cargo import packed, unpacked
 from fedtailor.flare.desk import OVER, REPLY, UNKNOWN

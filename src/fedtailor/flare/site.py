@@ -55,18 +55,13 @@ class Participant:
     def _served(self, root: Path, local: Path, site: str) -> dict[str, Any]:
         """Raises: as `Member.serve`."""
         from fedtailor.federation.member import Member
+        from fedtailor.federation.shelf import arriving
         from fedtailor.flare.brought import brought
         from fedtailor.simulation import safe
 
         own, limits, chosen = brought(local, site)
         home = (Path(chosen).expanduser() if chosen else root / "fedtailor") / safe(self.name)
-        try:
-            (home / "line").mkdir(parents=True, exist_ok=True)
-            for path in (home / "line").iterdir():  # of a process that was killed
-                path.unlink(missing_ok=True)
-        except OSError as error:
-            raise RunError(f"cannot write to '{home}': {error.strerror}") from error
-        self._desk.open(home / "line", limits.memory)
+        self._desk.open(arriving(home), limits.memory)
         return Member(site, self._desk, home, own, limits, log.info).serve()
 
 

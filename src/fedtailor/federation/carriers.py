@@ -11,7 +11,7 @@ from fedtailor.federation.frames import Header, Parcel
 class Event(NamedTuple):
     """What the conversation is told."""
 
-    kind: str  # attached | detached | parcel | said
+    kind: str  # attached | detached | parcel
     member: ClientId
     parcel: Parcel | None = None
     header: Header = {}

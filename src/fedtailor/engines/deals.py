@@ -140,6 +140,3 @@ class Dealer:
     def close(self, place: int) -> None:
         """Nobody goes there any more."""
         del self._load[place]
-
-
-__all__ = ["Answer", "Carried", "Deal", "Dealer", "Result", "Task", "own_bytes", "raised", "taken", "told", "worked"]
