@@ -10,7 +10,7 @@ import pytest
 
 from fedtailor.algorithms import ALGORITHMS
 from fedtailor.backbone import EMBEDDED as MODELS
-from fedtailor.config import load
+from fedtailor.config import DeviceSection, Experiment, load
 from fedtailor.data.partition import PARTITIONS
 from fedtailor.data.sources import EMBEDDED as DATA
 from fedtailor.filters import FILTERS
@@ -68,3 +68,15 @@ def test_the_readme_names_what_there_is(row: str, registry: Mapping[str, object]
     line = re.search(rf"^\| {row} \|.*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
     assert line
     assert set(re.findall(r"`([\w-]+)`", line.group())) == set(registry)
+
+
+def test_the_page_of_the_experiment_file_names_every_key() -> None:
+    text = (ROOT / "docs/experiment.md").read_text(encoding="utf-8")
+    annotations = {name: field.annotation for name, field in Experiment.model_fields.items()}
+    rows = {f"`[{name}]`": set(kind.model_fields) for name, kind in annotations.items() if hasattr(kind, "model_fields")}
+    rows["top level"] = {name for name in annotations if f"`[{name}]`" not in rows}
+    for row, keys in rows.items():
+        line = re.search(rf"^\| {re.escape(row)} \|.*$", text, re.M)
+        assert line, row
+        assert keys <= set(re.findall(r"`(\w+)`", line.group())), row
+    assert all(re.search(rf"\b{key}\b", text) for key in DeviceSection.model_fields)
