@@ -27,7 +27,7 @@ from fedtailor.engines.states import States
 from fedtailor.federation import keys
 from fedtailor.federation.dial import Credentials, Dial
 from fedtailor.federation.doors import server_doors
-from fedtailor.federation.frames import EXPERIMENT, READY, Parcel
+from fedtailor.federation.frames import EXPERIMENT, LETTER, READY, Parcel
 from fedtailor.federation.post import Post
 from fedtailor.federation.remote import Remote, Rules
 from fedtailor.filters import chain
@@ -43,8 +43,11 @@ def tree(numbers: int) -> dict[str, torch.Tensor]:
     return {f"layer.{i}.weight": torch.zeros(numbers // LAYERS) for i in range(LAYERS)}
 
 
-def members(address: str, folder: Path, count: int) -> None:
-    """Light members in one process: each answers a letter with its own tree, at once."""
+def members(address: str, folder: Path, count: int, numbers: int) -> None:
+    """Light members in one process: each answers a letter at once, with a reply that is made beforehand: what a member does with a letter it
+    does on a machine of its own."""
+    answer = wire.encode(Message("update", tree(numbers), {"n": 1.0}))
+    note = {"is": LETTER, "flops": 0.0, "examples": 0.0, "own": ""}
 
     def take_part(name: str) -> None:
         mine = keys.identity(folder / name)
@@ -57,17 +60,8 @@ def members(address: str, folder: Path, count: int) -> None:
             if parcel.note["is"] == EXPERIMENT:
                 dial.send(Parcel(parcel.id, {"is": READY}, b""))
                 continue
-            whole = parcel.content if isinstance(parcel.content, bytes) else parcel.content.read_bytes()
-            if isinstance(parcel.content, Path):
-                parcel.content.unlink()
-            body = wire.decode(whole).body
-            dial.send(
-                Parcel(
-                    parcel.id,
-                    {"is": "letter", "flops": 0.0, "examples": 0.0, "own": ""},
-                    wire.encode(Message("update", body, {"n": 1.0})),
-                )
-            )
+            parcel.discard()
+            dial.send(Parcel(parcel.id, note, answer))
 
     for i in range(count):
         threading.Thread(target=take_part, args=(f"m{i:03d}",), daemon=True).start()
@@ -144,7 +138,7 @@ def main() -> None:
     parser.add_argument("--members", nargs=2, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.members:
-        return members(asked.members[0], Path(asked.members[1]), CASES[asked.case][0])
+        return members(asked.members[0], Path(asked.members[1]), *CASES[asked.case])
     with tempfile.TemporaryDirectory() as folder:
         measure(asked.case, asked.rounds, Path(folder))
 

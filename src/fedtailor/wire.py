@@ -15,12 +15,12 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save, save_file
 from torch import Tensor
 
@@ -139,31 +139,37 @@ def read(path: Path, lazy: bool = False, max_bytes: int = MAX_BYTES) -> Message:
         if not lazy:
             return decode(bytearray(path.read_bytes()), max_bytes)
         with path.open("rb") as file:
-            message, _, _ = _head(file.read(8), file.read, size)
+            message, entries, start = _head(file.read(8), file.read, size)
     except OSError as error:
         raise WireError(f"{path}: cannot be read ({error.strerror})") from error
-    return message._replace(body=LazyTree(path, message.body))
+
+    def tensor(name: str) -> Tensor:
+        whole = torch.empty(entries[name].shape, dtype=entries[name].dtype)
+        try:
+            # Not mapped: pages of a file that are mapped count for the process like a second copy.
+            with path.open("rb") as file:
+                file.seek(start + entries[name].start)
+                if file.readinto(whole.reshape(-1).view(torch.uint8).numpy().data) != whole.nbytes:
+                    raise WireError(f"{path}: '{name}' is cut short")
+        except OSError as error:
+            raise WireError(f"{path}: '{name}' cannot be read ({error.strerror})") from error
+        return whole
+
+    return message._replace(body=LazyTree(message.body, tensor))
 
 
 class LazyTree(dict[str, Any]):
     """A tree on disk: reading a name reads that tensor and keeps nothing, so memory does not grow with trees."""
 
-    def __init__(self, path: Path, skeleton: Mapping[str, Any], prefix: str = "") -> None:
+    def __init__(self, skeleton: Mapping[str, Any], tensor: Callable[[str], Tensor], prefix: str = "") -> None:
         super().__init__(skeleton)
-        self._path, self._prefix = path, prefix
+        self._tensor, self._prefix = tensor, prefix
 
     def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
         if isinstance(value, Mapping):
-            return LazyTree(self._path, value, f"{self._prefix}{name}{SEPARATOR}")
-        if value != TENSOR:
-            return value
-        try:
-            with safe_open(str(self._path), framework="pt") as file:
-                # A clone: a mapped tensor would keep its pages resident for as long as the caller keeps it.
-                return file.get_tensor(self._prefix + name).clone()
-        except (SafetensorError, OSError) as error:
-            raise WireError(f"{self._path}: '{self._prefix}{name}' cannot be read ({error})") from error
+            return LazyTree(value, self._tensor, f"{self._prefix}{name}{SEPARATOR}")
+        return self._tensor(self._prefix + name) if value == TENSOR else value
 
     def __iter__(self) -> Iterator[str]:
         """Its being here makes `{**tree}` and `dict(tree)` ask for each item, where they would copy what stands for tensors."""
@@ -232,7 +238,7 @@ def _prepare(message: Message) -> tuple[dict[str, Tensor], dict[str, str]]:
     info = dict(message.info)
     if not isinstance(message.verb, str) or not all(isinstance(k, str) and _is_number(v) for k, v in info.items()):
         raise WireError(f"'{message.verb}': the verb on the wire is a text, and info holds numbers by name")
-    header = {"verb": message.verb, "info": info, "tree": _skeleton(message.body, "", parts, 0)}
+    header = {"verb": message.verb, "info": info, "tree": _skeleton(message.body, "", parts, set(), 0)}
     if RESERVED in parts:
         raise WireError(f"'{RESERVED}': the wire format keeps this name for itself")
     return parts, {"fedtailor": json.dumps(header, separators=(",", ":"), sort_keys=True)}
@@ -265,25 +271,24 @@ def _plain(value: Any, path: str, depth: int = 0) -> Any:
     return value
 
 
-def _skeleton(value: Any, path: str, parts: dict[str, Tensor], depth: int) -> Any:
+def _skeleton(value: Any, path: str, parts: dict[str, Tensor], pointers: set[int], depth: int) -> Any:
+    """The tree with its tensors taken out into `parts`, each with memory of its own (`pointers`), as safetensors needs them."""
     if isinstance(value, Mapping):
         return {
-            _name(name, path, depth): _skeleton(leaf, f"{path}{name}{SEPARATOR}", parts, depth + 1)
+            _name(name, path, depth): _skeleton(leaf, f"{path}{name}{SEPARATOR}", parts, pointers, depth + 1)
             for name, leaf in value.items()
         }
     if isinstance(value, Tensor):
         if value.dtype not in DTYPES.values() or value.layout != torch.strided:
             raise WireError(f"'{path[:-1]}': a tensor of {value.dtype}, {value.layout} cannot cross the wire")
-        # A contiguous copy of its own only where safetensors needs one (views, shared storage).
         own = value.detach().cpu().contiguous()
-        whole = own.untyped_storage().nbytes() == own.numel() * own.element_size()
-        parts[path[: -len(SEPARATOR)]] = own if whole and own.data_ptr() not in _pointers(parts) else own.clone()
+        if own.untyped_storage().nbytes() != own.nbytes or own.data_ptr() in pointers:  # a view, or the same memory once more
+            own = own.clone()
+        if own.nbytes:  # all that is empty lies at 0
+            pointers.add(own.data_ptr())
+        parts[path[: -len(SEPARATOR)]] = own
         return TENSOR
     return _plain(value, path[: -len(SEPARATOR)])
-
-
-def _pointers(parts: Mapping[str, Tensor]) -> set[int]:
-    return {t.data_ptr() for t in parts.values() if t.numel()}
 
 
 def _fill(skeleton: Mapping[str, Any], tensor: Any, prefix: str) -> Tree:

@@ -14,7 +14,7 @@ from fedtailor.federation.frames import Arriving, Frame, Header, LineError, Parc
 Read = Callable[[], Awaitable[bytes | None]]  # None: the other side has hung up
 Write = Callable[[bytes], Awaitable[None]]
 WHOLE = -1
-WINDOW = 8
+WINDOW = 4
 """Frames of a parcel that may be on their way at a time."""
 REMEMBERED = 64
 """Parcels whose ids are remembered, so that one that comes again is only acknowledged."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedtailor import wire
+from fedtailor import memory, wire
 from fedtailor.core import LOST, SERVER, Algorithm, ClientId, Letters, Message, Talk, Tree, seed_of
 from fedtailor.engines.answering import Crew, Workers
 from fedtailor.engines.cache import Cache
@@ -182,7 +182,10 @@ class Remote:
             self._came.pop(client, None)
         if missing:
             self.notice(f"round {at.round}: no reply in time from {', '.join(missing)}")
-        return {c: self._came.pop(c) for c in sorted(letters.to) if c in self._came}
+        replies = {c: self._came.pop(c) for c in sorted(letters.to) if c in self._came}
+        if any(isinstance(reply.body, wire.LazyTree) for reply in replies.values()):
+            memory.trim()  # before a sum of them takes as much again
+        return replies
 
     def _quorum(self, members: Mapping[ClientId, Message]) -> None:
         """A round begins with as many members as it needs."""
