@@ -115,7 +115,7 @@ def test_a_federation_of_one_client_is_local_training(federation: Federation) ->
 def test_it_needs_a_head_and_something_else(world: Maker) -> None:
     for technique, topts, family in (("head", {}, "bert"), ("lora", {"rank": 2}, "gpt2")):
         here = world("fedper", family=family, technique=technique, topts=topts)
-        with pytest.raises(ConfigError, match="keeps heads and averages the rest"):
+        with pytest.raises(ConfigError, match="tells heads from the rest"):
             here.algorithm.init(here.technique.init)
 
 

@@ -68,14 +68,14 @@ def shifted(base: Loss) -> Loss:
     return _Shifted(base)
 
 
-class _Wrapped(tuple[object, ...]):
+class Wrapped(tuple[object, ...]):
     """A loss with parameters as a value: two with equal parameters are equal, so their asks are stacked together."""
 
-    def __new__(cls, *parts: object) -> _Wrapped:
+    def __new__(cls, *parts: object) -> Wrapped:
         return super().__new__(cls, (cls, *parts))
 
 
-class _Proximal(_Wrapped):
+class _Proximal(Wrapped):
     def __call__(self, forward: Forward, params: Tree, batch: Batch, aux: Tree) -> Tensor:
         _, base, mu = self
         anchor = aux["anchor"]
@@ -83,7 +83,7 @@ class _Proximal(_Wrapped):
         return base(forward, params, batch, aux) + 0.5 * mu * distance  # type: ignore[operator,no-any-return]
 
 
-class _Shifted(_Wrapped):
+class _Shifted(Wrapped):
     def __call__(self, forward: Forward, params: Tree, batch: Batch, aux: Tree) -> Tensor:
         _, base = self
         shift = aux["shift"]
@@ -91,12 +91,23 @@ class _Shifted(_Wrapped):
         return base(forward, params, batch, aux) + linear  # type: ignore[operator,no-any-return]
 
 
+def beside(base: Loss) -> Loss:
+    """base of the params together with those in `aux`["rest"], which stand still: a phase that trains a part of a tree."""
+    return _Beside(base)
+
+
+class _Beside(Wrapped):
+    def __call__(self, forward: Forward, params: Tree, batch: Batch, aux: Tree) -> Tensor:
+        _, base = self
+        return base(forward, {**aux["rest"], **params}, batch, aux)  # type: ignore[operator,no-any-return]
+
+
 def distilling(temperature: float) -> Loss:
     """T^2 KL(softmax(teacher / T) || softmax(logits / T)), mean over the rows (Hinton et al., arXiv 1503.02531)."""
     return _Distilling(temperature)
 
 
-class _Distilling(_Wrapped):
+class _Distilling(Wrapped):
     def __call__(self, forward: Forward, params: Tree, batch: Batch, aux: Tree) -> Tensor:
         _, temperature = self
         assert isinstance(temperature, float)

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from fedtailor.algorithms.adaptive import adaptive_prefix
+from fedtailor.algorithms.apfl import apfl
 from fedtailor.algorithms.baselines import local, pooled, zero_shot
 from fedtailor.algorithms.distil import distil
+from fedtailor.algorithms.ditto import ditto
 from fedtailor.algorithms.fedavg import fedadagrad, fedadam, fedavg, fedavgm, fedyogi
 from fedtailor.algorithms.fedbuff import asynchronous
 from fedtailor.algorithms.fedex import fedex
 from fedtailor.algorithms.fedlc import fedlc
 from fedtailor.algorithms.fedper import fedper
 from fedtailor.algorithms.fedprox import fedprox
+from fedtailor.algorithms.fedrep import fedrep
+from fedtailor.algorithms.finetune import fedbabu, finetune
 from fedtailor.algorithms.flexp import flexp
 from fedtailor.algorithms.flora import flora
 from fedtailor.algorithms.hetlora import hetlora
@@ -28,20 +32,25 @@ from fedtailor.core import Algorithm
 
 ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
     "adaptive-prefix": adaptive_prefix,
+    "apfl": apfl,
     "asynchronous": asynchronous,
     "distil": distil,
+    "ditto": ditto,
     "fedadagrad": fedadagrad,
     "fedadam": fedadam,
     "fedavg": fedavg,
     "fedavgm": fedavgm,
+    "fedbabu": fedbabu,
     "fedex": fedex,
     "fedit": fedit,
     "fedlc": fedlc,
     "fedper": fedper,
     "fedprox": fedprox,
+    "fedrep": fedrep,
     "fedsa": fedsa,
     "fedyogi": fedyogi,
     "ffa": ffa,
+    "finetune": finetune,
     "flexp": flexp,
     "flora": flora,
     "hetlora": hetlora,

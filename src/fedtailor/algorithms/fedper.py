@@ -8,11 +8,11 @@ frozen backbone is everybody's. A client judges the global test set with its own
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
 
 from fedtailor.algorithms.checks import checks, update
 from fedtailor.algorithms.fedavg import one_size, weights_by
-from fedtailor.core import Algorithm, ClientId, Fit, Flow, Job, Message, Site, State, Tree, answer_with, one_exchange
+from fedtailor.core import Algorithm, ClientId, Fit, Fitted, Flow, Job, Message, Site, State, Tree, answer_with, one_exchange
 from fedtailor.errors import ConfigError
 from fedtailor.techniques.peft import of_head
 from fedtailor.trees import add, select, subtract, weighted_mean
@@ -21,28 +21,46 @@ from fedtailor.trees import add, select, subtract, weighted_mean
 def fedper(job: Job, *, weighting: str = "examples") -> Algorithm:
     """FedAvg of everything but the head, which stays with its client."""
 
+    return partly_shared(job, "fedper", lambda name: not of_head(name), both_parts("fedper"), weighting)
+
+
+def both_parts(name: str) -> Callable[[Tree], None]:
+    """For algorithms that treat the head and the rest apart; what is returned refuses trees that lack one of them."""
+
     def check(params: Tree) -> None:
-        heads = [name for name in params if of_head(name)]
-        if not heads or len(heads) == len(params):
+        if len({of_head(tensor) for tensor in params}) < 2:
             raise ConfigError(
-                "algorithm fedper keeps heads and averages the rest: choose a technique that trains both (lora, prefix)"
+                f"algorithm {name} tells heads from the rest: choose a technique that trains both (lora, prefix, full)"
             )
 
-    return partly_shared(job, "fedper", lambda name: not of_head(name), check, weighting)
+    return check
+
+
+Training = Callable[[Tree, Message, Site], Generator[Fit, Fitted, tuple[Tree, Mapping[str, float]]]]
+"""(a client's tree, its letter, site) -> asks; returns (the tree after training, what was seen)."""
 
 
 def partly_shared(
-    job: Job, name: str, shared: Callable[[str], bool], check: Callable[[Tree], None], weighting: str = "examples"
+    job: Job,
+    name: str,
+    shared: Callable[[str], bool],
+    check: Callable[[Tree], None],
+    weighting: str = "examples",
+    training: Training | None = None,
 ) -> Algorithm:
-    """FedAvg of the tensors whose names are `shared`; the others are personal. `check` refuses trees that this does not suit."""
+    """FedAvg of the tensors whose names are `shared`; the others are personal. `check` refuses trees that this does not suit; `training`
+    is one fit of all of it where nothing is said."""
     weigh = weights_by(weighting)
     one_size(job, name)
 
-    def train(own: Tree | None, msg: Message, site: Site) -> Flow:
-        start = personal(own, msg.body, site)
+    def together(start: Tree, msg: Message, site: Site) -> Generator[Fit, Fitted, tuple[Tree, Mapping[str, float]]]:
         done = yield Fit(job.loss, start, site.data["train"], {}, job.plan)
-        mine = {name: t for name, t in done.params.items() if not shared(name)}
-        return mine, Message("update", subtract(select(done.params, msg.body), msg.body), done.seen)
+        return done.params, done.seen
+
+    def train(own: Tree | None, msg: Message, site: Site) -> Flow:
+        params, seen = yield from (training or together)(personal(own, msg.body, site), msg, site)
+        mine = {name: t for name, t in params.items() if not shared(name)}
+        return mine, Message("update", subtract(select(params, msg.body), msg.body), seen)
 
     def personal(own: Tree | None, broadcast: Tree, site: Site) -> Tree:
         return {**site.init, **(own or {}), **broadcast}

@@ -181,7 +181,7 @@ def grouped(fits: Mapping[ClientId, Fit], size: int, workers: int) -> list[list[
     """
     keyed: dict[Any, list[ClientId]] = {}
     for client, ask in fits.items():
-        alike = (ask.loss, ask.plan, signature(ask.params), signature(ask.aux), ask.optimizer.get("step"))
+        alike = (ask.loss, ask.plan, ask.passes, signature(ask.params), signature(ask.aux), ask.optimizer.get("step"))
         keyed.setdefault(alike, []).append(client)
     groups: list[list[ClientId]] = []
     for clients in keyed.values():
