@@ -43,6 +43,7 @@ CASES: dict[str, Case] = {
     "fedavg": Case(technique="full", plan=SGD),
     "fedavgm": Case(technique="head"),
     "fedbabu": Case({"personal": 1}, plan=SGD._replace(rounds=3)),
+    "fedbasis": Case({"bases": 2}, technique="prefix", topts={"length": 2}, plan=SGD),
     "fedex": Case(redundant=("log",)),
     "fedit": Case(topts={"rank": 3}),
     "fedlc": Case({"rule": "prior", "tau": 0.5}, technique="prefix", topts={"length": 2}, plan=SGD),

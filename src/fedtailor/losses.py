@@ -59,7 +59,7 @@ def calibrated(forward: Forward, params: Tree, batch: Batch, aux: Tree) -> Tenso
 
 
 def proximal(base: Loss, mu: float) -> Loss:
-    """base + mu/2 ||params - anchor||^2, the anchor in `aux` (FedProx, arXiv 1812.06127). mu = 0 is base itself."""
+    """base + mu/2 ||params - anchor||^2 over the names of the anchor, in `aux` (FedProx, arXiv 1812.06127). mu = 0 is base itself."""
     return _Proximal(base, mu) if mu else base
 
 
@@ -79,7 +79,7 @@ class _Proximal(Wrapped):
     def __call__(self, forward: Forward, params: Tree, batch: Batch, aux: Tree) -> Tensor:
         _, base, mu = self
         anchor = aux["anchor"]
-        distance = sum((params[n] - anchor[n]).square().sum() for n in params if isinstance(params[n], Tensor))
+        distance = sum((params[n] - anchor[n]).square().sum() for n in anchor if isinstance(params[n], Tensor))
         return base(forward, params, batch, aux) + 0.5 * mu * distance  # type: ignore[operator,no-any-return]
 
 

@@ -10,6 +10,7 @@ from fedtailor.algorithms.baselines import local, pooled, zero_shot
 from fedtailor.algorithms.distil import distil
 from fedtailor.algorithms.ditto import ditto
 from fedtailor.algorithms.fedavg import fedadagrad, fedadam, fedavg, fedavgm, fedyogi
+from fedtailor.algorithms.fedbasis import fedbasis
 from fedtailor.algorithms.fedbuff import asynchronous
 from fedtailor.algorithms.fedex import fedex
 from fedtailor.algorithms.fedlc import fedlc
@@ -41,6 +42,7 @@ ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
     "fedavg": fedavg,
     "fedavgm": fedavgm,
     "fedbabu": fedbabu,
+    "fedbasis": fedbasis,
     "fedex": fedex,
     "fedit": fedit,
     "fedlc": fedlc,
