@@ -15,6 +15,7 @@ from fedtailor.algorithms.fedbuff import asynchronous
 from fedtailor.algorithms.fedex import fedex
 from fedtailor.algorithms.fedlc import fedlc
 from fedtailor.algorithms.fedper import fedper
+from fedtailor.algorithms.fedppa import fedppa
 from fedtailor.algorithms.fedprox import fedprox
 from fedtailor.algorithms.fedrep import fedrep
 from fedtailor.algorithms.finetune import fedbabu, finetune
@@ -47,6 +48,7 @@ ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
     "fedit": fedit,
     "fedlc": fedlc,
     "fedper": fedper,
+    "fedppa": fedppa,
     "fedprox": fedprox,
     "fedrep": fedrep,
     "fedsa": fedsa,
