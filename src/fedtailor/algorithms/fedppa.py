@@ -126,7 +126,13 @@ def fedppa(
         return own["params"] if own else newcomers
 
     def like(letter: Message, reply: Message) -> Tree:
-        return {name: letter.body[name] for name in reply.body}  # who is less deep lacks names
+        """The first layers of what was sent, as many as the reply is about: a client may be less deep."""
+        out: Tree = {}
+        for layer in by_layer(layers, dict(letter.body)):
+            if layer and layer.keys().isdisjoint(reply.body):
+                break
+            out |= layer
+        return out
 
     needs = ("n", "entropy") if weights == "entropy" else ("n",)
     answer, judged = answer_with(job, lambda state: layered(state["params"]), personal)
