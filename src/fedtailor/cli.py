@@ -237,6 +237,9 @@ def list_(
     for entry in entries:
         options = ", ".join(f"{k} = {v}" for k, v in entry.get("options", {}).items())
         print(f"{entry['name']:<16}{entry['summary']}" + (f"\n{'':<16}options: {options}" if options else ""))
+        if "gives" in entry:
+            rest = f"up {entry['up']}, down {entry['down']}; rule: {entry['rule']}; techniques: {entry['takes']}"
+            print(f"{'':<16}{entry['gives']}; {rest}")
 
 
 @app.command()

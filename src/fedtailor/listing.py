@@ -19,7 +19,8 @@ def _described(registry: Mapping[str, Any], skip: tuple[str, ...] = ()) -> list[
             and isinstance(p.default, str | int | float | list | type)
         }
         options = {n: "required" if isinstance(v, type) else v for n, v in options.items()}
-        out.append({"name": name, "summary": (inspect.getdoc(entry) or "").split("\n")[0], "options": options})
+        entry_of = {"name": name, "summary": (inspect.getdoc(entry) or "").split("\n")[0], "options": options}
+        out.append(entry_of | (entry.card._asdict() if hasattr(entry, "card") else {}))
     return out
 
 

@@ -10,6 +10,7 @@ The first rows are trained by everybody, so they say what all need; later rows b
 
 from __future__ import annotations
 
+from fedtailor.algorithms.cards import card
 from fedtailor.algorithms.checks import checks, update
 from fedtailor.algorithms.fedavg import weights_by
 from fedtailor.core import Algorithm, ClientId, Device, Fit, Flow, Job, Message, Predict, Site, State, Talk, Tree, answer_with
@@ -19,6 +20,7 @@ from fedtailor.techniques.peft import PROMPT
 from fedtailor.trees import add, nbytes, overlapping_mean, subtract
 
 
+@card("global", "its rows + head", "its rows + head", "ours", "prefix")
 def adaptive_prefix(
     job: Job,
     *,

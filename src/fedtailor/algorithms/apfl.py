@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedtailor.algorithms.cards import card
 from fedtailor.algorithms.fedavg import fedavg
 from fedtailor.core import Algorithm, Batch, Fit, Flow, Forward, Job, Loss, Message, Site, Tree, answer_with
 from fedtailor.errors import ConfigError
@@ -23,6 +24,7 @@ from fedtailor.losses import Wrapped
 from fedtailor.trees import cut, subtract, tree_map
 
 
+@card("personal", "|t|", "|t|", "exact")
 def apfl(job: Job, *, alpha: float = 0.5, adaptive: bool = True, weighting: str = "examples") -> Algorithm:
     """FedAvg, and beside it a tree a client that is mixed with the global one in a proportion that is learned."""
     if not 0 <= alpha <= 1:

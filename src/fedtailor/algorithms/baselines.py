@@ -10,10 +10,12 @@ zero-shot: the technique's initial tree as it is; with the technique `template` 
 
 from __future__ import annotations
 
+from fedtailor.algorithms.cards import card
 from fedtailor.algorithms.checks import checks, update
 from fedtailor.core import SERVER, Algorithm, ClientId, Fit, Flow, Job, Message, Site, State, Talk, Tree, answer_with
 
 
+@card("baseline", "0", "0", "baseline")
 def local(job: Job) -> Algorithm:
     """Each client by itself: what federation must beat."""
 
@@ -45,6 +47,7 @@ def own_tree(own: Tree | None, broadcast: Tree, site: Site) -> Tree:
     return params
 
 
+@card("baseline", "0", "0", "baseline")
 def pooled(job: Job) -> Algorithm:
     """Central training on everybody's rows at equal example passes: what federation gives up."""
 
@@ -70,6 +73,7 @@ def pooled(job: Job) -> Algorithm:
     )
 
 
+@card("baseline", "0", "0", "baseline", "any")
 def zero_shot(job: Job) -> Algorithm:
     """No training and no letters: what the pretrained model can do already."""
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fedtailor.algorithms.baselines import own_tree
+from fedtailor.algorithms.cards import card
 from fedtailor.algorithms.checks import checks, difference
 from fedtailor.algorithms.checks import spoken as spoken_by
 from fedtailor.core import (
@@ -51,6 +52,7 @@ from fedtailor.losses import distilling
 RULES, AVERAGES, WEIGHTS = ("fedmd", "feddf"), ("logits", "probabilities"), ("uniform", "examples", "confidence")
 
 
+@card("personal", "rows x classes", "rows x classes", "our reading", "any, also several")
 def distil(
     job: Job,
     *,

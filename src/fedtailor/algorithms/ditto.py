@@ -9,6 +9,7 @@ client's first round, and its optimiser, like w's, anew in each round.
 
 from __future__ import annotations
 
+from fedtailor.algorithms.cards import card
 from fedtailor.algorithms.fedavg import fedavg
 from fedtailor.core import Algorithm, Fit, Flow, Job, Message, Site, Tree, answer_with
 from fedtailor.errors import ConfigError
@@ -16,6 +17,7 @@ from fedtailor.losses import proximal
 from fedtailor.trees import cut, subtract
 
 
+@card("personal", "|t|", "|t|", "exact")
 def ditto(job: Job, *, lam: float = 0.1, weighting: str = "examples") -> Algorithm:
     """FedAvg, and beside it a tree a client that is its own and held near the global one."""
     if lam < 0:

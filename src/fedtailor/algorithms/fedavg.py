@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fedtailor.algorithms.cards import card
 from fedtailor.algorithms.checks import checks, update
 from fedtailor.core import Algorithm, ClientId, Fit, Flow, Job, Loss, Message, Site, State, Tree, answer_with, one_exchange
 from fedtailor.errors import ConfigError, one_of
@@ -21,6 +22,7 @@ from fedtailor.optimizers import ServerOptimizer, adagrad, adam, momentum, yogi
 from fedtailor.trees import cut, moved, overlapping_mean, subtract
 
 
+@card("global", "|t|", "|t|", "exact")
 def fedavg(
     job: Job,
     *,
@@ -60,11 +62,13 @@ def fedavg(
     )
 
 
+@card("global", "|t|", "|t|", "exact")
 def fedavgm(job: Job, *, weighting: str = "examples", lr: float = 1.0, beta: float = 0.9) -> Algorithm:
     """FedAvg with momentum at the server."""
     return fedavg(job, weighting=weighting, server_opt=momentum(lr, beta))
 
 
+@card("global", "|t|", "|t|", "exact")
 def fedadam(
     job: Job, *, weighting: str = "examples", lr: float = 0.02, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3
 ) -> Algorithm:
@@ -72,6 +76,7 @@ def fedadam(
     return fedavg(job, weighting=weighting, server_opt=adam(lr, beta1, beta2, tau))
 
 
+@card("global", "|t|", "|t|", "exact")
 def fedyogi(
     job: Job, *, weighting: str = "examples", lr: float = 0.02, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3
 ) -> Algorithm:
@@ -79,6 +84,7 @@ def fedyogi(
     return fedavg(job, weighting=weighting, server_opt=yogi(lr, beta1, beta2, tau))
 
 
+@card("global", "|t|", "|t|", "exact")
 def fedadagrad(job: Job, *, weighting: str = "examples", lr: float = 0.05, tau: float = 1e-3) -> Algorithm:
     """FedAvg with Adagrad at the server: steps only get smaller."""
     return fedavg(job, weighting=weighting, server_opt=adagrad(lr, tau))

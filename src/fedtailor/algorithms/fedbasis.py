@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedtailor.algorithms.cards import card
 from fedtailor.algorithms.checks import checks, update
 from fedtailor.algorithms.fedavg import one_size, weights_by
 from fedtailor.core import (
@@ -47,6 +48,7 @@ from fedtailor.trees import lora_pairs, moved, subtract
 TREE = "tree"
 
 
+@card("personal", "K |t|", "K |t|", "our reading")
 def fedbasis(
     job: Job,
     *,

@@ -8,6 +8,7 @@ A round is one emptying of the buffer. Clients that are still busy are not asked
 
 from __future__ import annotations
 
+from fedtailor.algorithms.cards import card
 from fedtailor.algorithms.checks import checks, update
 from fedtailor.algorithms.fedavg import one_size
 from fedtailor.core import (
@@ -29,6 +30,7 @@ from fedtailor.errors import ConfigError
 from fedtailor.trees import add, scale, subtract, weighted_mean
 
 
+@card("global", "|t|", "|t|", "exact")
 def asynchronous(job: Job, *, buffer: int = 5, server_lr: float = 1.0, power: float = 0.5, patience: int = 10) -> Algorithm:
     """FedBuff: updates are taken as they come, and count less the older they are. No client waits for a slower one."""
     one_size(job, "asynchronous")

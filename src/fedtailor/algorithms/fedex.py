@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 
+from fedtailor.algorithms.cards import card
 from fedtailor.algorithms.checks import checks, update
 from fedtailor.algorithms.fedavg import one_size, weights_by
 from fedtailor.algorithms.merging import catch_up, merge_into_base, merged, merged_loss, unrounded
@@ -21,6 +22,7 @@ from fedtailor.errors import ConfigError
 from fedtailor.trees import add, aggregation_error, lora_pairs, subtract, weighted_mean
 
 
+@card("global", "|t|", "|t| + residual factors not merged yet", "exact", "lora")
 def fedex(job: Job, *, weighting: str = "uniform") -> Algorithm:
     """FedEx-LoRA: FedIT's mean of factors, and the error of doing so added to the base: exact, without new ranks."""
     weigh = weights_by(weighting)

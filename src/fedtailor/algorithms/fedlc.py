@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedtailor.algorithms.cards import card
 from fedtailor.algorithms.fedavg import fedavg
 from fedtailor.core import Algorithm, Job, Site, Tree
 from fedtailor.errors import ConfigError, one_of
@@ -21,6 +22,7 @@ from fedtailor.losses import calibrated, classification
 UNSEEN = 1e-8  # rows of a class that a client has none of
 
 
+@card("global", "|t|", "|t|", "exact")
 def fedlc(job: Job, *, rule: str = "margin", tau: float = 1.0, weighting: str = "examples") -> Algorithm:
     """FedAvg whose clients calibrate their logits by how many rows of each class they hold."""
     one_of("algorithm.rule", rule, ("margin", "prior"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 
+from fedtailor.algorithms.cards import HEADED, card
 from fedtailor.algorithms.checks import checks, update
 from fedtailor.algorithms.fedavg import one_size, weights_by
 from fedtailor.core import Algorithm, ClientId, Fit, Fitted, Flow, Job, Message, Site, State, Tree, answer_with, one_exchange
@@ -18,6 +19,7 @@ from fedtailor.techniques.peft import of_head
 from fedtailor.trees import add, select, subtract, weighted_mean
 
 
+@card("personal", "|t| - head", "|t| - head", "exact", HEADED)
 def fedper(job: Job, *, weighting: str = "examples") -> Algorithm:
     """FedAvg of everything but the head, which stays with its client."""
 

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedtailor.algorithms.cards import card
 from fedtailor.algorithms.checks import checks, update
 from fedtailor.core import Algorithm, ClientId, Fit, Flow, Job, Layers, Message, Part, Site, State, Talk, Tree, answer_with
 from fedtailor.errors import ConfigError, one_of
@@ -28,6 +29,7 @@ from fedtailor.losses import proximal
 from fedtailor.trees import signature, weighted_mean
 
 
+@card("personal", "adapted layers", "adapted layers", "our reading", "lora, ia3, full")
 def fedppa(
     job: Job,
     *,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 
+from fedtailor.algorithms.cards import HEADED, card
 from fedtailor.algorithms.fedper import both_parts, partly_shared
 from fedtailor.core import Algorithm, Fit, Fitted, Job, Message, Site, Tree
 from fedtailor.errors import ConfigError
@@ -17,6 +18,7 @@ from fedtailor.losses import beside
 from fedtailor.techniques.peft import of_head
 
 
+@card("personal", "|t| - head", "|t| - head", "exact", HEADED)
 def fedrep(job: Job, *, head_epochs: float = 10.0, weighting: str = "examples") -> Algorithm:
     """FedPer whose clients first fit their head to the body that they were sent, and then the body to that head."""
     if head_epochs <= 0:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from fedtailor.algorithms.cards import HEADED, card
 from fedtailor.algorithms.checks import checks, update
 from fedtailor.algorithms.fedavg import one_size, weights_by
 from fedtailor.algorithms.fedper import both_parts
@@ -22,11 +23,13 @@ from fedtailor.techniques.peft import of_head
 from fedtailor.trees import moved, subtract
 
 
+@card("personal", "|t|, then 0", "|t|, then 0", "baseline")
 def finetune(job: Job, *, personal: int = 1, weighting: str = "examples") -> Algorithm:
     """FedAvg, and at the end `personal` rounds in which every client fits the global tree to its own data."""
     return in_two_phases(job, "finetune", lambda name: True, lambda name: True, personal, weighting)
 
 
+@card("personal", "|t| - head, then 0", "|t| - head, then 0", "exact", HEADED)
 def fedbabu(job: Job, *, personal: int = 1, tune: str = "head", weighting: str = "examples") -> Algorithm:
     """FedBABU: the body is averaged under a head that stays random; at the end every client fits a head of its own."""
     one_of("algorithm.tune", tune, ("head", "all"))

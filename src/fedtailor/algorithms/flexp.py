@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedtailor.algorithms.cards import LAYERED, card
 from fedtailor.algorithms.split_client import order_of
 from fedtailor.algorithms.split_rules import Rules, dealt, ground
 from fedtailor.algorithms.split_server import steps
@@ -30,6 +31,7 @@ from fedtailor.errors import ConfigError
 from fedtailor.planning import Choice, chosen
 
 
+@card("personal", "2 x batch x tokens x width a step", "2 x batch x tokens x width a step", "our reading", LAYERED)
 def flexp(
     job: Job,
     *,

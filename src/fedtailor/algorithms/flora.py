@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from fedtailor.algorithms.cards import card
 from fedtailor.algorithms.checks import checks, difference, update
 from fedtailor.algorithms.fedavg import weights_by
 from fedtailor.algorithms.merging import catch_up, merge_into_base, merged, merged_loss, unrounded
@@ -21,6 +22,7 @@ from fedtailor.trees import add, aggregation_error, lora_pairs, subtract, weight
 weigh = weights_by("examples")
 
 
+@card("global", "sum r_k (d_in + d_out) + head", "the stacks not merged yet", "exact", "lora")
 def flora(job: Job) -> Algorithm:
     """FLoRA: stacked factors of any ranks, merged exactly into the base each round."""
     unrounded(job, "flora")

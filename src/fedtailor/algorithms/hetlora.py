@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedtailor.algorithms.cards import card
 from fedtailor.algorithms.checks import checks, update
 from fedtailor.core import (
     Algorithm,
@@ -38,6 +39,7 @@ from fedtailor.losses import tail_norms
 from fedtailor.trees import aggregation_error, lora_pairs, weighted_mean
 
 
+@card("global", "sum r_k (d_in + d_out) + head", "sum r_k (d_in + d_out) + head", "our reading", "lora")
 def hetlora(job: Job, *, gamma: float = 0.99, lam: float = 0.01, r_min: int = 2) -> Algorithm:
     """HetLoRA: ranks differ a client and shrink where their last ranks carry nothing (our reading)."""
     if not 0 < gamma <= 1 or r_min < 1:

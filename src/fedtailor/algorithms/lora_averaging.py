@@ -10,6 +10,7 @@ reported as state["aggregation_error"] (0 for FFA; FedSA reports none: the serve
 
 from __future__ import annotations
 
+from fedtailor.algorithms.cards import card
 from fedtailor.algorithms.checks import checks, update
 from fedtailor.algorithms.fedavg import one_size, weights_by
 from fedtailor.algorithms.fedper import partly_shared
@@ -20,16 +21,19 @@ from fedtailor.trees import add, aggregation_error, lora_pairs, subtract, weight
 weigh = weights_by("examples")
 
 
+@card("global", "|t|", "|t|", "exact", "lora")
 def fedit(job: Job) -> Algorithm:
     """FedIT: averages A and B apart, weighted by examples; the error of doing so is reported."""
     return _averaging(job, "fedit", lambda name: True)
 
 
+@card("global", "|t| - sum r d_in", "|t| - sum r d_in", "exact", "lora")
 def ffa(job: Job) -> Algorithm:
     """FFA-LoRA: A stays at its shared start and never travels; averaging B alone is exact, at half the bytes."""
     return _averaging(job, "ffa", lambda name: ".lora_A." not in name)
 
 
+@card("personal", "sum r d_in", "sum r d_in", "exact", "lora")
 def fedsa(job: Job) -> Algorithm:
     """FedSA-LoRA: A is shared, B and the head are personal."""
     return partly_shared(job, "fedsa", lambda name: ".lora_A." in name, lambda params: _needs_lora(params, "fedsa"))

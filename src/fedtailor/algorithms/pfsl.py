@@ -11,6 +11,7 @@ moments go on moving the middles after the checkpoint), and the back is not aver
 
 from __future__ import annotations
 
+from fedtailor.algorithms.cards import LAYERED, card
 from fedtailor.algorithms.split_rules import Rules, ground
 from fedtailor.algorithms.split_server import steps
 from fedtailor.algorithms.split_training import split_algorithm
@@ -20,6 +21,7 @@ from fedtailor.errors import ConfigError
 from fedtailor.trees import weighted_mean
 
 
+@card("personal", "batch x tokens x width a step + back", "2 x batch x tokens x width a step + back", "exact", LAYERED)
 def pfsl(job: Job, *, front: int = 1, back: int = 1, personal: int = 0, cache_mb: float = 1000.0) -> Algorithm:
     """PFSL: frozen fronts, a middle a client, equal work, plain means of middles and backs, and a personal phase at the end."""
     if not job.plan.steps:

@@ -17,6 +17,7 @@ import math
 import torch
 from torch import Tensor
 
+from fedtailor.algorithms.cards import LAYERED, card
 from fedtailor.algorithms.split_rules import ENDS, Rules, ground
 from fedtailor.algorithms.split_server import steps
 from fedtailor.algorithms.split_training import split_algorithm
@@ -27,6 +28,7 @@ from fedtailor.techniques.peft import of_head
 from fedtailor.trees import weighted_mean
 
 
+@card("personal", "2 x batch x tokens x width a step + ends", "2 x batch x tokens x width a step + ends", "our reading", LAYERED)
 def phsfl(
     job: Job,
     *,

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from fedtailor.algorithms.cards import card
 from fedtailor.algorithms.checks import checks, spoken, tallied
 from fedtailor.algorithms.prompt_edits import FRAMES, TEMPLATES, Edits, children
 from fedtailor.core import (
@@ -46,6 +47,7 @@ from fedtailor.techniques.template import SLOT, alternatives
 RULES = ("evolve", "bandit")
 
 
+@card("global", "3 numbers a candidate", "the candidates' texts", "ours", "template")
 def prompt_search(
     job: Job,
     *,

@@ -36,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedtailor.algorithms.cards import card
 from fedtailor.algorithms.fedavg import fedavg
 from fedtailor.algorithms.rag_checks import check_of
 from fedtailor.algorithms.reading import answered, likelihoods, shown, written
@@ -77,6 +78,7 @@ RULES = ("passages", "embeddings", "answers", "nothing")
 USES = ("vote", "prompt")
 
 
+@card("global", "k neighbours a query", "the queries' embeddings", "ours", "retriever")
 def rag(
     job: Job,
     *,

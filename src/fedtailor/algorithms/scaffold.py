@@ -8,6 +8,7 @@ taken, over all local epochs. The rule divides by the step size: plain SGD with 
 
 from __future__ import annotations
 
+from fedtailor.algorithms.cards import card
 from fedtailor.algorithms.checks import checks, update
 from fedtailor.algorithms.fedavg import one_size
 from fedtailor.core import Algorithm, ClientId, Fit, Flow, Job, Message, Site, State, Tree, answer_with, one_exchange
@@ -16,6 +17,7 @@ from fedtailor.losses import shifted
 from fedtailor.trees import add, scale, subtract, weighted_mean, zeros_like
 
 
+@card("global", "2 |t|", "2 |t|", "exact")
 def scaffold(job: Job, *, server_lr: float = 1.0) -> Algorithm:
     """Control variates that cancel the drift of clients on different data. Needs train.optimizer = "sgd"."""
     one_size(job, "scaffold")

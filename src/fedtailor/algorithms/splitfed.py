@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from fedtailor.algorithms.cards import LAYERED, card
 from fedtailor.algorithms.split_rules import ENDS, EVERYBODY, Rules, ground
 from fedtailor.algorithms.split_server import steps
 from fedtailor.algorithms.split_training import split_algorithm
@@ -22,6 +23,7 @@ from fedtailor.errors import ConfigError
 from fedtailor.trees import lora_pairs, weighted_mean
 
 
+@card("global", "2 x batch x tokens x width a step + ends", "2 x batch x tokens x width a step + ends", "exact", LAYERED)
 def splitfed(
     job: Job,
     *,
@@ -36,6 +38,7 @@ def splitfed(
     return _averaged(job, "splitfed", (front, back), rules, weighted=True)
 
 
+@card("global", "2 x batch x tokens x width a step + ends", "2 x batch x tokens x width a step + ends", "exact", LAYERED)
 def splitlora(job: Job, *, front: int = 1, back: int = 1, delta: float = 0.0, cache_mb: float = 1000.0) -> Algorithm:
     """SplitLoRA: one middle for the batches of all clients together; the clients' factors are averaged after a round."""
     rules = Rules(lambda site: (front, back), shared=True, lockstep=True, cache=0, delta=delta, room=1e6 * cache_mb)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedtailor.algorithms.cards import card
 from fedtailor.algorithms.checks import checks, difference, spoken
 from fedtailor.algorithms.fedavg import one_size, weights_by
 from fedtailor.core import (
@@ -35,6 +36,7 @@ from fedtailor.metrics import mean_loss
 from fedtailor.trees import tree_map
 
 
+@card("global", "8 bytes a step", "4 bytes a direction", "our reading")
 def zeroth_order(
     job: Job, *, seeds: int = 256, steps: int = 16, eps: float = 1e-2, lr: float = 1e-2, weighting: str = "examples"
 ) -> Algorithm:
