@@ -22,6 +22,8 @@ from fedtailor.errors import ConfigError
 from fedtailor.losses import classification, language
 from fedtailor.part_costs import _batch, both_ends, costed, costs, step_line, step_memory, uncut_cost
 from fedtailor.planning import RULES, chosen, estimates, letter_bytes
+from fedtailor.rehearsal import rehearse
+from fedtailor.simulation import build
 from fedtailor.techniques import TECHNIQUES
 from fedtailor.techniques.parts import layers, on_part
 from fedtailor.trees import numel, tensors
@@ -357,3 +359,38 @@ def test_steps_of_parts_are_given_what_a_part_is_given(techniques: Techniques) -
     own = on_part(technique, CUT[1], functools.partial(TECHNIQUES["lora"], rank=2))
     batch: Tree = dict(_batch(own, CUT[1], job_of("bert"), 3, 10))
     assert {name: t.shape for name, t in batch.items()} == {HIDDEN: (3, 10, 32)}
+
+
+CUTS: list[tuple[str, dict[str, Any]]] = [
+    ("flexp", {"cache_mb": 0}),
+    ("flexp", {"train_front": "false"}),
+    ("flexp", {"train_front": "false", "back": 0, "front": 0}),
+    ("flexp", {"delta": 0.1}),
+    ("splitfed", {}),
+    ("splitfed", {"version": "v2", "delta": 0.5}),
+    ("splitlora", {"back": 0}),
+    ("phsfl", {"personal": 1, "edges": 2}),
+    ("pfsl", {"personal": 1}),
+    ("pfsl", {"personal": 1, "cache_mb": 0}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), CUTS)
+@pytest.mark.parametrize("filters", [{}, {"filters__up": '["topk-plain=0.25@gradient"]', "filters__down": '["int8-plain"]'}])
+def test_bytes_of_a_cut_are_those_of_a_real_runs_ledger(
+    kind: str, options: dict[str, Any], filters: dict[str, str], home: Path
+) -> None:
+    """To the byte, of each client, with headers and filters, with the cache and without."""
+    back, front = options.get("back", 1), options.get("front", 1 if options.get("back") == 0 else 0)
+    given = {**options, "kind": kind, "front": front, "back": back}
+    changes = {**filters, **{f"algorithm__{k}": v for k, v in given.items()}, "rounds": 3}
+    if kind == "pfsl":
+        changes["train__steps"] = 3
+    words = shlex.split(sets(**changes))
+    assert in_process("run", "e.toml", "--out", "run", *words, folder=home) == 0
+    world = build(load(Path("e.toml"), [word for word in words if word != "--set"]))
+    planned = rehearse(world, front, back, 3).clients
+    for client in world.clients:
+        for way in ("bytes_up", "bytes_down", "letters", "replies"):
+            spent = [line["clients"].get(client, {}).get(way, 0.0) for line in lines(home / "run")]
+            assert planned[client][way] == sum(spent) > 0

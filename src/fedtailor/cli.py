@@ -130,7 +130,8 @@ def plan(
     console = _console()
     console.print(
         f"{found['model']}, technique {found['technique']}; batches of {found['rows']} x {found['width']} tokens (median; the longest, for which "
-        f"there must be memory, {found['widest']}), {found['steps']} steps a client and round (median)"
+        f"there must be memory, {found['widest']}), {found['steps']} steps a client and round (median); bytes of cuts: means over clients and "
+        f"{found['rounds_rehearsed']} rounds"
     )
     for device in found["devices"]:
         memory = f"{device['memory_bytes'] / 1e6:,.1f} MB" if device["memory_bytes"] else "any memory"

@@ -21,6 +21,7 @@ from fedtailor.engines.batches import batches
 from fedtailor.engines.clock import seconds
 from fedtailor.errors import ConfigError, one_of
 from fedtailor.filters import chain
+from fedtailor.ledger import Ledger
 from fedtailor.part_costs import both_ends, uncut_cost
 from fedtailor.techniques import TECHNIQUES
 from fedtailor.trees import numel
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from fedtailor.simulation import World
 
 LINK = 4  # bytes of a number on its way between two parts: float32
+REHEARSED = 10_000
+"""Steps of clients that are rehearsed for the bytes of all cuts of a plan, but at least two rounds: 3 to 6 milliseconds each."""
 RULES = ("optimal", "memory")
 COMPARED = ("full", "lora", "prefix", "prompt", "head", "ia3")
 
@@ -45,7 +48,7 @@ class Estimate(NamedTuple):
     memory: float  # bytes at the device
     client_flops: float
     server_flops: float
-    bytes_up: float  # of tensors: headers and filters are not in it
+    bytes_up: float  # of tensors, in a step of the median width: headers and filters are not in it
     bytes_down: float
     seconds: float
     penalty: float
@@ -220,7 +223,7 @@ def letter_bytes(tree: Tree, experiment: Experiment, info: Mapping[str, float]) 
 
 
 def info_of(world: World, now: Pace, flops: float) -> dict[str, float]:
-    """What a reply tells: the loss is not known yet, and has as many digits as this one (or 8 bytes more or less)."""
+    """What a reply tells: the loss is not known yet, and takes as much room whatever it will be."""
     examples = float(now.steps * now.rows)
     seen = {"n": float(now.examples), "steps": float(now.steps), "examples": examples, "flops": now.steps * flops}
     return {**seen, "loss": 2 / 3, "lr": world.job.plan.lr}
@@ -241,17 +244,47 @@ def plan(experiment: Experiment) -> dict[str, Any]:
     now = pace(world)
     devices = [device_of(section) for section in experiment.clients.devices] or [Device()]
     whole = uncut_cost(world.technique, world.job)
+    rehearsal = Rehearsal(world, experiment, now)
     return {
         "name": experiment.name,
         "model": experiment.model.name,
         "technique": experiment.technique.kind,
         **now._asdict(),
-        "devices": [profile(world, now, device, number, whole) for number, device in enumerate(devices)],
+        "rounds_rehearsed": rehearsal.rounds,
+        "devices": [profile(world, now, device, number, whole, rehearsal) for number, device in enumerate(devices)],
         "techniques": compared(world, now),
     }
 
 
-def profile(world: World, now: Pace, device: Device, number: int, whole: Callable[[int, int], PartCost]) -> dict[str, Any]:
+class Rehearsal:
+    """Bytes of a client's round, as the ledger will count them: means over clients and rounds of a run in which nothing is computed."""
+
+    def __init__(self, world: World, experiment: Experiment, now: Pace) -> None:
+        from fedtailor.equip import devices
+
+        self.world = world
+        self.of_devices = devices(experiment, world.facts.clients)
+        cuts = world.job.layers.depth if world.job.layers else 1
+        taken = experiment.clients.per_round or len(world.clients)
+        steps = taken * max(now.steps, 1) * cuts
+        self.rounds = min(experiment.rounds, max(2, REHEARSED // steps))
+        self._known: dict[tuple[int, int], Ledger] = {}
+
+    def bytes(self, front: int, back: int, device: Device) -> tuple[float, float]:
+        """(up, down) of a client on this device."""
+        from fedtailor.rehearsal import rehearse  # it reads the registry of algorithms, of which one imports this file
+
+        if (front, back) not in self._known:
+            self._known[front, back] = rehearse(self.world, front, back, self.rounds)
+        lines = self._known[front, back].clients
+        theirs = [c for c, d in self.of_devices.items() if d == device and c in lines] or list(lines)
+        up, down = (sum(lines[c][way] for c in theirs) for way in ("bytes_up", "bytes_down"))
+        return up / (len(theirs) * self.rounds), down / (len(theirs) * self.rounds)
+
+
+def profile(
+    world: World, now: Pace, device: Device, number: int, whole: Callable[[int, int], PartCost], rehearsal: Rehearsal
+) -> dict[str, Any]:
     """The uncut model and every cut on one device, and which cut it would choose."""
     whole_line = uncut_line(world, now, device, whole)
     layers, own = world.job.layers, world.experiment.algorithm
@@ -262,7 +295,7 @@ def profile(world: World, now: Pace, device: Device, number: int, whole: Callabl
     choice = Choice(**{name: options[name] for name in Choice._fields if name in options})
     sizes = (now.rows, now.width, now.widest)
     cuts = choice.estimates(layers, world.job, device, number, *sizes, all_fronts=True)
-    found["cuts"] = [cut_line(layers, now, cut) for cut in cuts]
+    found["cuts"] = [cut_line(layers, now, cut, rehearsal.bytes(cut.front, cut.back, device)) for cut in cuts]
     try:
         open_to = choice.estimates(layers, world.job, device, number, *sizes)
         best = chosen(open_to, choice.rule)
@@ -293,7 +326,8 @@ def uncut_line(world: World, now: Pace, device: Device, whole: Callable[[int, in
     }
 
 
-def cut_line(layers: Layers, now: Pace, cut: Estimate) -> dict[str, Any]:
+def cut_line(layers: Layers, now: Pace, cut: Estimate, sent: tuple[float, float]) -> dict[str, Any]:
+    """`sent`: bytes (up, down) of a round."""
     assert layers.cost
     first, _, last = (layers.cost(part, now.rows, now.width) for part in cut_at(layers, cut.front, cut.back))
     return {
@@ -303,8 +337,8 @@ def cut_line(layers: Layers, now: Pace, cut: Estimate) -> dict[str, Any]:
         "memory_bytes": cut.memory,
         "flops_per_step": cut.client_flops,
         "server_flops_per_step": cut.server_flops,
-        "bytes_up_per_round": now.steps * cut.bytes_up,
-        "bytes_down_per_round": now.steps * cut.bytes_down,
+        "bytes_up_per_round": sent[0],
+        "bytes_down_per_round": sent[1],
         "seconds_per_round": now.steps * cut.seconds,
         "fits": cut.fits,
     }

@@ -37,7 +37,7 @@ from fedtailor.core import (
 from fedtailor.errors import ConfigError
 from fedtailor.trees import add
 
-ROWS, TOKENS = 64, 4096
+ROWS, TOKENS = 64, 1024
 """In one letter, at most."""
 TOGETHER = 32
 """Clients whose hidden states are at the server at a time."""
