@@ -27,10 +27,12 @@ def keep() -> None:
 
 
 def give_back() -> None:
-    """Let the allocator give large blocks back as soon as they are free: a process that carries models and does not train takes no more
-    memory than it holds at the time. Only where the C library is glibc."""
+    """Let the allocator give large blocks back as soon as they are free: a server, which carries models and does not train, and a member with a
+    part of a model take no more memory than they hold at the time. Only where the C library is glibc."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").mallopt(MMAP, 1 << 17)
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(MMAP, 1 << 16)
+        libc.mallopt(TRIM, 1 << 17)
 
 
 def trim() -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor
 
-from fedtailor import wire
+from fedtailor import memory, wire
 from fedtailor.config import Experiment, parse
 from fedtailor.core import ClientId, Message, Tree
 from fedtailor.ends import Ends, cut_of, save
@@ -155,6 +155,8 @@ class Member:
             world = build(experiment)
         else:
             self._ends = self._held(experiment, facts, body)
+            if self._ends:
+                memory.give_back()  # who holds a part of a model has no memory to spare
             world = of_member(self._with_own(experiment), facts, self.name, self._ends)
         rows, train = max(1, len(world.clients[self.name].train)), experiment.train
         passes = train.steps * train.batch / rows if train.steps else train.epochs
