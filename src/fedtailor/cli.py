@@ -301,7 +301,7 @@ def _summary_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]
         "bytes in all": ("bytes_total", "{:,}"),
         "peak memory, MB": ("peak_memory_bytes", "{:,}"),
         "seconds": ("seconds", "{:.1f}"),
-        "simulated seconds": ("simulated_seconds", "{:.1f}"),
+        "seconds of the clients, real" if summary.get("served") else "simulated seconds": ("simulated_seconds", "{:.1f}"),
     }
     rows = []
     for title, (key, form) in shown.items():

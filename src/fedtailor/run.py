@@ -179,6 +179,7 @@ def _finish(
         "peak_memory_bytes": memory.peak(),
         "seconds": elapsed,
         "simulated_seconds": engine.clock,
+        "served": not engine.own_states_here,  # then these seconds are real ones
         "rounds": experiment.rounds,
         "clients": len(world.facts.clients),
         "train_rows": int(sum(len(s.train) for s in world.clients.values())),

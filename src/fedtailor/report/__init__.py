@@ -138,7 +138,7 @@ def _cards(run: Run) -> str:
             f"an example, forward{'' if run.value('trainable_parameters') == 0 else ' and backward'}",
         ),
         ("Peak memory", _bytes(run.value("peak_memory_bytes")), "of the process"),
-        ("Time", _time(run.value("seconds")), f"{_time(clock)} simulated" if clock else "of the rounds"),
+        ("Time", _time(run.value("seconds")), f"{_time(clock)} {run.clock}" if clock else "of the rounds"),
     ]
     lines = [f"<div><dt>{escape(t)}</dt><dd>{escape(v)}<small>{escape(n.strip(', '))}</small></dd></div>" for t, v, n in cards]
     return f'<dl class="cards">{"".join(lines)}</dl>'
@@ -195,7 +195,7 @@ def _parts(run: Run) -> str:
     words = {
         "metric": f"own test ({run.metric})",
         "metric_global": "global test",
-        "simulated_seconds": "simulated",
+        "simulated_seconds": run.clock,
         "flops": "FLOPs",
     }
     head = ["client", *(escape(words.get(n, n.replace("_", " "))) for n in [*rest, *shapes])]

@@ -46,7 +46,7 @@ def axes(runs: Sequence[Run]) -> dict[str, str]:
     if any(run.summed("bytes_up", "bytes_down") for run in runs):
         found["bytes"] = "bytes sent so far"
     if any(number(line.get("clock")) for run in runs for line in run.rounds):
-        found["clock"] = "simulated seconds"
+        found["clock"] = "seconds " + " or ".join(dict.fromkeys(run.clock for run in runs))
     return found
 
 

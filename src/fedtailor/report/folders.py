@@ -45,6 +45,11 @@ class Run:
         known = [(client, own, wide) for client, own, wide in found if own is not None]
         return sorted(known, key=lambda row: row[1], reverse=self.metric in LOWER_IS_BETTER)
 
+    @property
+    def clock(self) -> str:
+        """What the clock's seconds are: of members who are elsewhere real ones."""
+        return "between server and members" if self.summary.get("served") else "simulated"
+
     def kind(self, section: str) -> str:
         return str(self.summary.get(section) or self.experiment.get(section, {}).get("kind", "?"))
 
