@@ -124,7 +124,7 @@ class Server:
     def __init__(self, world: World, post: ServerEnd, watch: Watch, told: dict[str, Any]) -> None:
         self.world, self.post, self.watch, self.told = world, post, watch, told
         self._values = json.dumps({"experiment": written(world.experiment), "facts": world.facts._asdict()})
-        self._ours: dict[tuple[int, int] | None, dict[str, str]] = {None: agreement(world, world.facts)}
+        self._ours: dict[tuple[int, int] | None, dict[str, str]] = {None: agreement(world)}
 
     def conduct(self, out: Path) -> dict[str, Any]:
         engine: list[Remote] = []
@@ -190,7 +190,7 @@ class Server:
     def _agree(self, member: ClientId, note: Header) -> bool:
         cut = self._cut(member) if note.get("holds") == "ends" else None
         if cut not in self._ours:
-            self._ours[cut] = agreement(self.world, self.world.facts, cut)
+            self._ours[cut] = agreement(self.world, cut)
         why = f"it cannot take part: {said(note['why'])}" if "why" in note else difference(self._ours[cut], note)
         if why:
             self._refuse(member, why)
