@@ -114,19 +114,27 @@ class Served(NamedTuple):
 class Federation:
     """A server in a thread; members are started and end when it does."""
 
-    def __init__(self, experiment: Experiment, folder: Path, keys: Keys = Keys(), resume: bool = False, port: int = 0) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        folder: Path,
+        keys: Keys = Keys(),
+        resume: bool = False,
+        port: int = 0,
+        watch: Watch = Watch(),
+    ) -> None:
         self.notices: list[str] = []
         self.folder, self._said = folder, queue.SimpleQueue[str]()
         self.summary: dict[str, Any] | BaseException = RuntimeError("the server did not end")
         self.members: dict[str, dict[str, Any] | BaseException] = {}
         self._threads: dict[str, threading.Thread] = {}
-        self._thread = threading.Thread(target=self._serve, args=(experiment, keys, resume, port), daemon=True)
+        self._thread = threading.Thread(target=self._serve, args=(experiment, keys, resume, port, watch), daemon=True)
         self._thread.start()
         self.address = "127.0.0.1:" + self.until(r"listening on .*:(\d+)")
 
-    def _serve(self, experiment: Experiment, keys: Keys, resume: bool, port: int) -> None:
+    def _serve(self, experiment: Experiment, keys: Keys, resume: bool, port: int, watch: Watch) -> None:
         try:
-            watch = Watch(notice=self._notice, round=lambda line: self._notice(f"round {line['round']} is over"))
+            watch = watch._replace(notice=self._notice, round=lambda line: self._notice(f"round {line['round']} is over"))
             self.summary = serve(experiment, self.folder / "run", f"127.0.0.1:{port}", keys, resume, watch)
         except BaseException as error:
             self.summary = error
