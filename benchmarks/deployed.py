@@ -148,12 +148,13 @@ def kill_members(here: Path, count: int) -> None:
         assert all(p.poll() is None for p in deployed.running.values()), "another one stopped"
     for name in ["server", *deployed.names]:
         deployed.kill(name)
-    found = States(here / "run" / "state").resume()
+    states = States(here / "run" / "state")
+    found = states.resume()
     assert found
     rounds, state = found[:2]
     whole = sum(line["replies"] == 3 for line in deployed.rounds()[:rounds])
     alone = run(parse({**values, "rounds": rounds}), here / "simulated")
-    same = States(here / "run" / "state").hash(state) == alone["state_hash"]
+    same = states.hash(state) == alone["state_hash"]
     print(f"kills: {count}; noticed after {statistics.median(noticed):.3f} s (median), {max(noticed):.3f} s (most)")
     print(f"attached again {statistics.median(away):.1f} s after the kill (median), {max(away):.1f} s (most), 2 s of them dead")
     print(f"replied in the next round that ended: {next_} of {count}; rounds meanwhile: {rounds}, with every reply: {whole}")
@@ -208,7 +209,7 @@ def line(here: Path) -> None:
     told = forecast["simulated_seconds"] / rounds
     print(f"the virtual clock: {told:.1f} s a round, without computing", flush=True)
     bad = Bad(0.1, 20e6 / 8, loss=0.01)
-    lines = {"1 % lost": bad, "and cut for 30 s": bad._replace(cuts=(130_000_000,), dead=30.0)}
+    lines = {"no bad line": Bad(), "1 % lost": bad, "and cut for 30 s": bad._replace(cuts=(130_000_000,), dead=30.0)}
     for number, (name, bad) in enumerate(lines.items()):
         deployed = Deployed(values, here / str(number))
         with Proxy(deployed.port, bad) as proxy:
