@@ -53,10 +53,11 @@ class Owners(NamedTuple):
     own: Mapping[str, Path]
     all: Path
     test: Path
+    public: Path
     model: Path
 
     def values(self, **sections: Any) -> dict[str, Any]:
-        """A simulation's experiment: short, small, one by one."""
+        """A simulation's experiment: short, small, one by one; distillation with public examples."""
         base: dict[str, Any] = {
             "name": "owners",
             "rounds": 2,
@@ -69,6 +70,8 @@ class Owners(NamedTuple):
         }
         for name, value in sections.items():
             base[name] = {**base.get(name, {}), **value} if isinstance(value, dict) and "kind" not in value else value
+        if base.get("algorithm", {}).get("kind") == "distil":
+            base["data"] |= {"public": str(self.public)}
         return base
 
     def simulated(self, folder: Path, **sections: Any) -> dict[str, Any]:
@@ -98,7 +101,8 @@ def owners(folder: Path, model: Path, count: int = 10, names: Sequence[str] = NA
         own[name].write_text(csv_of([row[:2] for row in rows], "text,label"), encoding="utf-8")
     (folder / "all.csv").write_text(csv_of([row for rows in parts.values() for row in rows]), encoding="utf-8")
     (folder / "test.csv").write_text(csv_of(rows_of("test", 12)), encoding="utf-8")
-    return Owners(own, folder / "all.csv", folder / "test.csv", model)
+    (folder / "public.csv").write_text(csv_of([row[:1] for row in rows_of("public", 20)], "text"), encoding="utf-8")
+    return Owners(own, folder / "all.csv", folder / "test.csv", folder / "public.csv", model)
 
 
 class Served(NamedTuple):
@@ -110,19 +114,27 @@ class Served(NamedTuple):
 class Federation:
     """A server in a thread; members are started and end when it does."""
 
-    def __init__(self, experiment: Experiment, folder: Path, keys: Keys = Keys(), resume: bool = False, port: int = 0) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        folder: Path,
+        keys: Keys = Keys(),
+        resume: bool = False,
+        port: int = 0,
+        watch: Watch = Watch(),
+    ) -> None:
         self.notices: list[str] = []
         self.folder, self._said = folder, queue.SimpleQueue[str]()
         self.summary: dict[str, Any] | BaseException = RuntimeError("the server did not end")
         self.members: dict[str, dict[str, Any] | BaseException] = {}
         self._threads: dict[str, threading.Thread] = {}
-        self._thread = threading.Thread(target=self._serve, args=(experiment, keys, resume, port), daemon=True)
+        self._thread = threading.Thread(target=self._serve, args=(experiment, keys, resume, port, watch), daemon=True)
         self._thread.start()
         self.address = "127.0.0.1:" + self.until(r"listening on .*:(\d+)")
 
-    def _serve(self, experiment: Experiment, keys: Keys, resume: bool, port: int) -> None:
+    def _serve(self, experiment: Experiment, keys: Keys, resume: bool, port: int, watch: Watch) -> None:
         try:
-            watch = Watch(notice=self._notice, round=lambda line: self._notice(f"round {line['round']} is over"))
+            watch = watch._replace(notice=self._notice, round=lambda line: self._notice(f"round {line['round']} is over"))
             self.summary = serve(experiment, self.folder / "run", f"127.0.0.1:{port}", keys, resume, watch)
         except BaseException as error:
             self.summary = error
@@ -177,5 +189,6 @@ def federated(
     """All owners from the first round to the last."""
     federation = Federation(owners.apart(**sections), folder)
     for name, path in owners.own.items():
-        federation.member(name, own(name) if own else Own(str(path), model=str(owners.model)), limits=limits, wait=False)
+        has = own(name) if own else Own(str(path), model=str(owners.model), public=str(owners.public))
+        federation.member(name, has, limits=limits, wait=False)
     return federation.end()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import threading
 from typing import Any, NamedTuple
 
@@ -15,6 +16,11 @@ class Bad(NamedTuple):
     rate: float = 0.0  # bytes a second, each way and connection
     cuts: tuple[int, ...] = ()  # bytes from members after which all connections are cut: once each
     dead: float = 0.0  # seconds after a cut in which nobody gets through
+    loss: float = 0.0  # of segments: each comes a round trip later, and what was sent after it waits; no sender slows down for it
+
+
+SEGMENT = 1448  # bytes
+LATE = 0.2  # seconds by which a busy machine may wake this up too late: the line is as fast as it says all the same
 
 
 class Proxy:
@@ -26,6 +32,7 @@ class Proxy:
         self._left = sorted(bad.cuts)
         self._open: set[Any] = set()
         self._dead_until = 0.0
+        self._draw = random.Random(0)
         self._loop = asyncio.new_event_loop()
         self._server: Any = None
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -43,7 +50,11 @@ class Proxy:
 
     async def _end(self) -> None:
         self._server.close()
+        for each in self._open:
+            each.transport.abort()
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        if tasks:
+            await asyncio.wait(tasks, timeout=1.0)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -63,11 +74,13 @@ class Proxy:
             return
         both = (writer, back)
         self._open |= {*both}
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-            await asyncio.gather(self._carry(reader, back, True), self._carry(there, writer, False))
-        for each in both:
-            each.close()
-        self._open -= {*both}
+        try:
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+                await asyncio.gather(self._carry(reader, back, True), self._carry(there, writer, False))
+        finally:
+            for each in both:
+                each.close()
+            self._open -= {*both}
 
     async def _carry(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, up: bool) -> None:
         """Bytes leave as fast as the rate lets them, and arrive after the latency, in order."""
@@ -89,10 +102,11 @@ class Proxy:
             while True:
                 piece = await source.read(16 << 10)
                 now = self._loop.time()
+                lost = self._lost(len(piece))
                 if self._bad.rate:
-                    free = max(free, now) + len(piece) / self._bad.rate
+                    free = max(free, now - LATE) + (len(piece) + SEGMENT * lost) / self._bad.rate
                     await asyncio.sleep(max(0.0, free - now))
-                await waiting.put((self._loop.time() + self._bad.latency, piece))
+                await waiting.put((self._loop.time() + self._bad.latency * (3 if lost else 1), piece))
                 if up:
                     self.carried += len(piece)
                     if self._left and self.carried >= self._left[0]:
@@ -105,6 +119,10 @@ class Proxy:
                 delivering.cancel()
             with contextlib.suppress(asyncio.CancelledError, OSError):
                 await delivering
+
+    def _lost(self, size: int) -> int:
+        """Segments of a piece that do not arrive at first."""
+        return sum(self._draw.random() < self._bad.loss for _ in range(0, size, SEGMENT)) if self._bad.loss else 0
 
     def _cut(self) -> None:
         self.cut += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,8 +18,10 @@ import pytest
 pytest.importorskip("grpc")
 
 import tomli_w
+from safetensors.torch import load_file, save_file
 
-from commands import COMMAND, in_process, read
+from commands import COMMAND, read
+from fedtailor.federation import keys
 from fedtailor.folder import plain
 from owners import Owners, owners
 
@@ -82,48 +85,93 @@ def started() -> Iterator[Callable[..., Process]]:
         process.kill()
 
 
+class Deployed:
+    """A server and two owners who are invited: commands in one folder."""
+
+    def __init__(self, folder: Path, two: Owners, sections: dict[str, Any], start: Callable[..., Process]) -> None:
+        self.folder, self.two, self.run, self._start = folder, two, folder / "run", start
+        self.address, self.keys = f"127.0.0.1:{free_port()}", folder / "keys"
+        (folder / "e.toml").write_text(tomli_w.dumps(plain(two.apart(**sections))), encoding="utf-8")
+        keys.init(self.keys)
+        self.tokens = {name: keys.invite(self.keys, name) for name in two.own}
+
+    def serve(self, *more: str) -> Process:
+        words = (
+            "serve",
+            str(self.folder / "e.toml"),
+            "--at",
+            self.address,
+            "--keys",
+            str(self.keys),
+            "--out",
+            str(self.run),
+            *more,
+        )
+        return self._start(self.folder / "serve.log", *words)
+
+    def join(self, name: str, *more: str, model: Path | None = None) -> Process:
+        words = ("--data", str(self.two.own[name]), "--model", str(model or self.two.model), "--home", str(self.folder / name))
+        return self._start(self.folder / f"{name}.log", "join", self.address, *words, *more)
+
+
 def test_server_and_two_owners_over_tls_survive_kills(
-    tmp_path: Path, folders: Callable[[str], Path], started: Callable[..., Process], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, folders: Callable[[str], Path], started: Callable[..., Process]
 ) -> None:
-    two: Owners = owners(tmp_path, folders("bert"), names=("north", "south"))
+    two = owners(tmp_path, folders("bert"), names=("north", "south"))
     alone = two.simulated(tmp_path / "simulated", **SECTIONS)
-    (tmp_path / "e.toml").write_text(tomli_w.dumps(plain(two.apart(**SECTIONS))), encoding="utf-8")
-    keys, address, run = tmp_path / "keys", f"127.0.0.1:{free_port()}", tmp_path / "run"
-    assert in_process("keys", "init", "--keys", str(keys)) == 0
-    tokens: dict[str, str] = {}
-    for name in two.own:
-        capsys.readouterr()
-        assert in_process("keys", "invite", name, "--keys", str(keys)) == 0
-        tokens[name] = capsys.readouterr().out.strip()
-
-    def serve(*more: str) -> Process:
-        words = ("serve", str(tmp_path / "e.toml"), "--at", address, "--keys", str(keys), "--out", str(run), *more)
-        return started(tmp_path / "serve.log", *words)
-
-    def join(name: str, *more: str) -> Process:
-        words = ("join", address, "--data", str(two.own[name]), "--model", str(two.model), "--home", str(tmp_path / name), *more)
-        return started(tmp_path / f"{name}.log", *words)
-
-    server = serve()
+    deployed = Deployed(tmp_path, two, SECTIONS, started)
+    server = deployed.serve()
     server.until("listening on")
-    members = {name: join(name, "--token", token) for name, token in tokens.items()}
+    members = {name: deployed.join(name, "--token", token) for name, token in deployed.tokens.items()}
     server.until(r"round 2/")
     members["south"].kill()
     server.until("south is cut off", seconds=10)
-    members["south"] = join("south")  # it is known now: no token
+    members["south"] = deployed.join("south")  # it is known now: no token
     server.until(r"round 5/")
     server.kill()
-    server = serve("--resume")
+    server = deployed.serve("--resume")
     assert server.end() == 0, server.log.read_text()
     assert [member.end() for member in members.values()] == [0, 0]
-    summary = read(run / "summary.json")
+    summary = read(deployed.run / "summary.json")
     same = ("state_hash", "global_test", "clients_mean", "rounds")
     assert {k: summary[k] for k in same} == {k: alone[k] for k in same}
     assert (tmp_path / "north" / "adapter" / "adapter_config.json").is_file()
-    refused: dict[str, Any] = {"a token is used once": ("--token", tokens["north"], "--home", str(tmp_path / "again"))}
-    server = serve("--resume")
+    refused: dict[str, Any] = {"a token is used once": ("--token", deployed.tokens["north"], "--home", str(tmp_path / "again"))}
+    server = deployed.serve("--resume")
     server.until("listening on")
     for why, words in refused.items():
-        other = started(tmp_path / "again.log", "join", address, "--data", str(two.own["north"]), *words)
+        other = started(tmp_path / "again.log", "join", deployed.address, "--data", str(two.own["north"]), *words)
         assert other.end() == 4, why
     assert "used" in (tmp_path / "again.log").read_text()
+
+
+def without(layers: range, model: Path, folder: Path) -> Path:
+    """A copy of a model's folder in which these layers are not."""
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: t for name, t in weights.items() if not any(f".layer.{i}." in name for i in layers)}
+    assert len(kept) < len(weights)
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_a_split_run_over_tls_where_no_member_has_the_whole_model(
+    tmp_path: Path, folders: Callable[[str], Path], started: Callable[..., Process]
+) -> None:
+    """FlexP with two cuts: north has the embeddings and the head, south the first layer too, and neither has another layer on its disk."""
+    two = owners(tmp_path, folders("bert"), names=("north", "south"))
+    sections: dict[str, Any] = {"algorithm": {"kind": "flexp", "front": [0, 1], "back": 0}}
+    alone = two.simulated(tmp_path / "simulated", **sections)
+    deployed = Deployed(tmp_path, two, sections, started)
+    server = deployed.serve()
+    server.until("listening on")
+    members = []
+    for first, (name, token) in enumerate(deployed.tokens.items()):
+        model = without(range(first, 2), two.model, tmp_path / f"model-{name}")
+        members.append(deployed.join(name, "--token", token, model=model))
+    assert server.end() == 0, server.log.read_text()
+    assert [member.end() for member in members] == [0, 0]
+    summary = read(deployed.run / "summary.json")
+    same = ("state_hash", "clients_mean", "rounds", "bytes_total")
+    assert {k: summary[k] for k in same} == {k: alone[k] for k in same}
+    assert all((tmp_path / name / "ends" / "ends.json").is_file() for name in two.own)

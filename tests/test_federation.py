@@ -25,6 +25,7 @@ def three(tmp_path_factory: pytest.TempPathFactory, folders: Callable[[str], Pat
         pytest.param({"technique": {"kind": "prefix", "length": 3}}, id="fedavg, prefix"),
         pytest.param({"algorithm": {"kind": "fedex"}}, id="fedex, lora"),
         pytest.param({"algorithm": {"kind": "scaffold"}, "train": {"optimizer": "sgd"}}, id="scaffold, lora"),
+        pytest.param({"algorithm": {"kind": "distil", "rows": 8}}, id="distil, lora"),
         pytest.param({"algorithm": {"kind": "flexp", "front": 1, "back": 0}}, id="flexp, lora"),
         pytest.param({"algorithm": {"kind": "flexp", "front": [0, 1], "back": 0}}, id="flexp, cut in two ways"),
         pytest.param(

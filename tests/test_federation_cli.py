@@ -152,6 +152,13 @@ def test_another_tokenizer_another_backbone(three: Owners, tmp_path: Path, folde
     assert "its backbone (the weights) differs from the server's" in str(federation.wait("east"))
 
 
+def test_other_public_examples(three: Owners, tmp_path: Path) -> None:
+    """Members speak of public examples by number: one with others would be misunderstood."""
+    federation = Federation(three.apart(algorithm={"kind": "distil", "rows": 8}, clients={"count": 1}), tmp_path)
+    federation.member("east", Own(str(three.own["east"]), model=str(three.model), public=str(three.test)))
+    assert "its set of public examples differs from the server's" in str(federation.wait("east"))
+
+
 def test_an_unknown_and_a_revoked_member_are_refused(three: Owners, tmp_path: Path, typed: Callable[..., Printed]) -> None:
     folder = tmp_path / "keys"
     keys.init(folder)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from fedtailor.engines.states import States
 from fedtailor.errors import ConfigError
 from fedtailor.federation import member
 from fedtailor.federation.agreement import weights
+from fedtailor.federation.serve import Giving
 from fedtailor.simulation import World
 from owners import NAMES, Owners, federated, owners
 from tiny import same
@@ -147,3 +149,17 @@ def test_everybody_is_given_the_own_middle_to_keep(tmp_path: Path, folders: Call
     for name in four.own:
         kept = load_file(tmp_path / f"home-{name}" / "ends" / "middle.safetensors")
         assert same(kept, found[1]["middles"][name]["params"]), name
+
+
+def test_a_model_is_given_over_any_line_on_which_there_is_progress() -> None:
+    """However long it takes; who stands still for longer than `grace` seconds is late, and who never came is not waited for."""
+    lines = {name: SimpleNamespace(idle=False, bytes_out=0) for name in ("slow", "stuck", "done")}
+    members: Any = {name: SimpleNamespace(line=line) for name, line in lines.items()}
+    giving = Giving([*lines, "stranger"], grace=30.0)
+    lines["done"].idle = True
+    for now in range(0, 200, 20):
+        lines["slow"].bytes_out += 1000
+        assert not giving.over(members, float(now))
+    assert giving.late == ["stuck"]
+    lines["slow"].idle = True
+    assert giving.over(members, 200.0)

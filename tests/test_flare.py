@@ -23,7 +23,7 @@ from fedtailor.errors import ConfigError, RunError
 from fedtailor.federation.frames import Parcel
 from fedtailor.federation.member import Limits, Member
 from fedtailor.federation.member import Own as Given
-from fedtailor.federation.serve import gather
+from fedtailor.federation.serve import Standing, gather
 from fedtailor.flare import calls, cargo
 from fedtailor.flare.brought import brought
 from fedtailor.flare.calls import Calls, Site
@@ -81,7 +81,7 @@ def test_a_federation_over_calls_ends_in_the_bits_of_the_simulation(three: Owner
     post = Calls({name: site_of(desk) for name, desk in desks.items()}, tmp_path, wire.MAX_BYTES, 1)
     prefix = {"technique": {"kind": "prefix", "length": 3}}
     try:
-        summary = gather(three.apart(**prefix), tmp_path / "run", post, Watch(), {})
+        summary = gather(three.apart(**prefix), tmp_path / "run", post, Watch(), Standing("owners", 2))
     finally:
         post.close()
     alone = three.simulated(tmp_path / "simulated", **prefix)

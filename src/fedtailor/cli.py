@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from fedtailor import __version__, cli_federation, cli_submit
+from fedtailor import __version__, cli_federation, cli_submit, tables
 from fedtailor.cli_keys import app as keys_app
 from fedtailor.errors import ConfigError, FedtailorError, RunError, nearest
 
@@ -358,16 +358,7 @@ def _console() -> Console:
 
 
 def _table(console: Console, head: list[str], body: list[list[str]]) -> None:
-    from rich.table import Table
-
-    table = Table(*head)
-    for column in table.columns:
-        column.overflow = "fold"  # a narrow terminal breaks lines, it loses nothing
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for line in body:
-        table.add_row(*line)
-    console.print(table)
+    console.print(tables.table(head, body))
 
 
 def main() -> None:

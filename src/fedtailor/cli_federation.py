@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fedtailor.errors import ConfigError
+from fedtailor.tables import lines_of
 
 As_json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on standard output.")]
 Insecure = Annotated[
@@ -58,7 +59,7 @@ def serve(
     folder = out or cli._free(Path("runs") / chosen.name, resume)
     if insecure:
         cli.err.print(RED, style="bold red")
-    with watching(cli.err, chosen.rounds) as watch:
+    with watching(cli.err, chosen.rounds, live=not as_json) as watch:
         summary = conduct(chosen, folder, address_of(at), server_doors(None if insecure else keys), resume, watch)
     page = write([folder], folder / "report.html")
     result = {**summary, "run": str(folder)}
@@ -153,18 +154,7 @@ def status(
         return
     console = cli._console()
     console.print(f"{found['name']}: {found['stage']}, round {found['round']}/{found['rounds']}")
-    head = ["member", "attached", "seconds", "kB in", "kB out"]
-    body = [
-        [
-            name,
-            "yes" if m["attached"] else "no",
-            f"{m['seconds']:,.0f}",
-            f"{m['bytes_in'] / 1e3:,.1f}",
-            f"{m['bytes_out'] / 1e3:,.1f}",
-        ]
-        for name, m in found["members"].items()
-    ]
-    cli._table(console, head, body)
+    cli._table(console, *lines_of(found["members"]))
 
 
 def needed() -> None:

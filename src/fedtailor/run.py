@@ -6,7 +6,7 @@ import csv
 import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,8 @@ from fedtailor.simulation import BASELINES, World, build
 from fedtailor.tracking import check_trackers, tracker
 from fedtailor.trees import numel
 
+Members = Mapping[ClientId, Mapping[str, Any]]  # what `fedtailor status` tells of each
+
 
 class Watch(NamedTuple):
     """Where a run tells how it goes; the command line shows it, a library user may ignore it."""
@@ -35,6 +37,7 @@ class Watch(NamedTuple):
     stage: Callable[[str], None] = lambda name: None
     client: Callable[[ClientId], None] = lambda client: None
     round: Callable[[dict[str, Any]], None] = lambda line: None
+    members: Callable[[Callable[[], Members]], None] = lambda ask: None  # of a run that is served: who is attached may be asked
 
 
 def run(experiment: Experiment, out: Path, resume: bool = False, watch: Watch = Watch()) -> dict[str, Any]:

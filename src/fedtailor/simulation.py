@@ -146,7 +146,7 @@ def of_member(experiment: Experiment, facts: Facts, client: ClientId, ends: Ends
     """
     source = owned(experiment.data, facts.kind, facts.labels, facts.pairs, experiment.seed)
     rows = np.arange(len(source.train))
-    return furnish(experiment, source, {client: _split(client, rows, experiment, experiment.seed)}, facts, ends)
+    return furnish(experiment, source, {client: _split(client, rows, experiment, experiment.seed)}, _told(facts, source), ends)
 
 
 def of_server(experiment: Experiment, facts: Facts) -> World:
@@ -155,7 +155,12 @@ def of_server(experiment: Experiment, facts: Facts) -> World:
     Raises: as `build`.
     """
     source = owned(experiment.data.model_copy(update={"name": OWN}), facts.kind, facts.labels, facts.pairs, experiment.seed)
-    return furnish(experiment, source, {}, facts)
+    return furnish(experiment, source, {}, _told(facts, source))
+
+
+def _told(facts: Facts, source: Source) -> Facts:
+    """How many public examples there are is counted here, whatever others say."""
+    return facts._replace(public=len(source.public) if source.public else 0)
 
 
 def _counted(model: Model, kit: Kit, ragged: bool) -> tuple[Flops, Flops]:

@@ -11,26 +11,29 @@ import torch
 from torch import nn
 
 from fedtailor import __version__
+from fedtailor.core import SERVER
 from fedtailor.ends import severed
-from fedtailor.equip import Facts, Model
 from fedtailor.federation.frames import Header, said
+from fedtailor.simulation import World
 
 WORDS = {
     "version": "its version of fedtailor",
     "backbone": "its backbone (the weights)",
     "tokenizer": "its tokenizer",
     "labels": "its list of labels",
+    "public": "its set of public examples",
 }
 
 
-def agreement(model: Model, facts: Facts, cut: tuple[int, int] | None = None) -> dict[str, str]:
+def agreement(world: World, cut: tuple[int, int] | None = None) -> dict[str, str]:
     """What is compared, short: versions and digests; with a cut, of a whole model's ends, which is all that a member has."""
-    labels = hashlib.sha256("\x1f".join(facts.labels).encode()).hexdigest()
+    labels = hashlib.sha256("\x1f".join(world.facts.labels).encode()).hexdigest()
     return {
         "version": __version__,
-        "backbone": weights(severed(model.backbone.model, *cut) if cut else model.backbone.model),
-        "tokenizer": tokens(model.backbone.processor),
+        "backbone": weights(severed(world.backbone.model, *cut) if cut else world.backbone.model),
+        "tokenizer": tokens(world.backbone.processor),
         "labels": labels,
+        "public": examples(world.sites(SERVER, 0).data.get("public")),
     }
 
 
@@ -49,6 +52,18 @@ def weights(model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def examples(public: Any) -> str:
+    """sha256 of public texts as tokens, in their order: members speak of them by number. Of images only how many, as decoders differ in the
+    last bit. "" where there are none."""
+    if public is None:
+        return ""
+    digest = hashlib.sha256(f"{public.source.rows}".encode())
+    for name, flat in sorted(public.source.ragged.items()):
+        digest.update(f"{name} {flat.dtype}\n".encode())
+        digest.update(flat.tobytes() + public.source.offsets.tobytes())
     return digest.hexdigest()
 
 

@@ -109,7 +109,7 @@ class Member:
                 experiment = self.world.experiment
                 rows = self.world.clients[self.name]
                 sizes = {"train": len(rows.train), "valid": len(rows.valid), "test": len(rows.test)}
-                self._agreed = {**agreement(self.world, self.world.facts), **sizes, "holds": "ends" if self._ends else "all"}
+                self._agreed = {**agreement(self.world), **sizes, "holds": "ends" if self._ends else "all"}
                 pool = workers(self.world, self.world.flops, self.world.looks)
                 up = chain(experiment.filters.up)
                 self._clients = Clients(self.world.algorithm, pool, self.shelf, up, experiment.seed, False, self.notice)

@@ -103,6 +103,11 @@ class Remote:
         """Members that work on what they are sent."""
         return {member for member in self._agreed if self.post.attached(member)}
 
+    def owed(self) -> dict[ClientId, tuple[int, float]]:
+        """From any thread: members whose reply is awaited, the round of the letter, and the seconds since it was written."""
+        now = time.monotonic()
+        return {client: (owed.at.round, now - owed.since) for client, owed in list(self._owed.items())}
+
     def converse(self, talk: Talk, round: int, sites: Sites | None = None) -> Any:
         """Drive a conversation to its end and return its value; with `sites` it is an evaluation."""
         view = "" if sites is None else VALID if sites is self.valid_sites else TEST

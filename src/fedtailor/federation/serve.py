@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from fedtailor.equip import Facts
 from fedtailor.errors import ConfigError
 from fedtailor.evaluation import broadcast_of, workers
 from fedtailor.federation.agreement import agreement, difference
-from fedtailor.federation.carriers import ServerEnd
+from fedtailor.federation.carriers import Attached, ServerEnd
 from fedtailor.federation.frames import EXPERIMENT, FINISH, Header, Parcel, said
 from fedtailor.federation.post import Keys, Post
 from fedtailor.federation.remote import TICK, Remote, Rules
@@ -47,20 +49,37 @@ def serve(
     if experiment.data.name == OWN:
         _check_own(experiment)
     check_folder(experiment, out, resume)
-    told: dict[str, Any] = {"name": experiment.name, "rounds": experiment.rounds, "round": 0, "stage": "waiting for members"}
+    standing = Standing(experiment.name, experiment.rounds)
     memory.give_back()  # it carries models, and does not train
     with tempfile.TemporaryDirectory(prefix="fedtailor-") as folder:
-        post = Post(address, Path(folder), limit, keys, lambda: {**told, "members": attached(post)})
+        post = Post(address, Path(folder), limit, keys, lambda: standing.told(post))
         post.open()
         try:
+            watch.members(lambda: attached(post, standing.owed()))
             watch.notice(f"listening on {address.rpartition(':')[0]}:{post.port}")
-            return gather(experiment, out, post, watch, told)
+            return gather(experiment, out, post, watch, standing)
         finally:
             post.close()
 
 
-def gather(experiment: Experiment, out: Path, post: ServerEnd, watch: Watch, told: dict[str, Any]) -> dict[str, Any]:
-    """Conduct an experiment with the members at the other end of `post`; `told` is kept up to date.
+@dataclass
+class Standing:
+    """How a run is getting on, for people who ask while it runs."""
+
+    name: str
+    rounds: int
+    round: int = 0
+    stage: str = "waiting for members"
+    valid: float | None = None
+    owed: Callable[[], Mapping[ClientId, tuple[int, float]]] = dict  # as Remote.owed
+
+    def told(self, post: ServerEnd) -> dict[str, Any]:
+        values = {name: x for name, x in vars(self).items() if name != "owed"}
+        return {**values, "members": attached(post, self.owed())}
+
+
+def gather(experiment: Experiment, out: Path, post: ServerEnd, watch: Watch, standing: Standing) -> dict[str, Any]:
+    """Conduct an experiment with the members at the other end of `post`; `standing` is kept up to date.
 
     Raises: as `serve`.
     """
@@ -68,16 +87,18 @@ def gather(experiment: Experiment, out: Path, post: ServerEnd, watch: Watch, tol
     make_folder(experiment, out)
     with writing(out):
         record(world.facts, out)
-        return Server(world, post, watch, told).conduct(out)
+        return Server(world, post, watch, standing).conduct(out)
 
 
-def attached(post: ServerEnd) -> dict[ClientId, dict[str, Any]]:
-    """Who is there, for people who ask."""
+def attached(post: ServerEnd, owed: Mapping[ClientId, tuple[int, float]]) -> dict[ClientId, dict[str, Any]]:
+    """Who is there or was, since when (`seconds` ago), and for whom the run waits: who `owed` a reply, in which round, for how long."""
     now = time.monotonic()
     return {
         name: {
             "attached": known.since is not None,
             "seconds": round(now - (known.since if known.since is not None else known.left), 1),
+            "round": owed.get(name, (None, 0.0))[0],
+            "waiting": round(owed.get(name, (None, 0.0))[1], 1),
             "bytes_in": known.line.bytes_in,
             "bytes_out": known.line.bytes_out,
         }
@@ -121,20 +142,22 @@ def _check_own(experiment: Experiment) -> None:
 class Server:
     """A world, its members' lines, and the run that goes over them."""
 
-    def __init__(self, world: World, post: ServerEnd, watch: Watch, told: dict[str, Any]) -> None:
-        self.world, self.post, self.watch, self.told = world, post, watch, told
+    def __init__(self, world: World, post: ServerEnd, watch: Watch, standing: Standing) -> None:
+        self.world, self.post, self.watch, self.standing = world, post, watch, standing
         self._values = json.dumps({"experiment": written(world.experiment), "facts": world.facts._asdict()})
-        self._ours: dict[tuple[int, int] | None, dict[str, str]] = {None: agreement(world, world.facts)}
+        self._ours: dict[tuple[int, int] | None, dict[str, str]] = {None: agreement(world)}
 
     def conduct(self, out: Path) -> dict[str, Any]:
         engine: list[Remote] = []
 
         def engine_of(states: States, ledger: Ledger) -> Remote:
             engine.append(self._engine(states, ledger))
+            self.standing.owed = engine[0].owed
             return engine[0]
 
         def round(line: dict[str, Any]) -> None:
-            self.told |= {"round": line["round"], "stage": "running", "valid": line.get("valid")}
+            now = self.standing
+            now.round, now.stage, now.valid = line["round"], "running", line.get("valid")
             self.watch.round(line)
 
         def end(state: Tree, states: States) -> None:
@@ -190,7 +213,7 @@ class Server:
     def _agree(self, member: ClientId, note: Header) -> bool:
         cut = self._cut(member) if note.get("holds") == "ends" else None
         if cut not in self._ours:
-            self._ours[cut] = agreement(self.world, self.world.facts, cut)
+            self._ours[cut] = agreement(self.world, cut)
         why = f"it cannot take part: {said(note['why'])}" if "why" in note else difference(self._ours[cut], note)
         if why:
             self._refuse(member, why)
@@ -206,7 +229,7 @@ class Server:
         self.post.tell(member, {"is": "bye", "why": why})
 
     def _end(self, engine: Remote, state: Tree, states: States) -> None:
-        """Give every member what it needs to keep the model, and wait until they have it."""
+        """Give every member what it needs to keep the model, and wait until they have it: as long as there is progress, whatever the line."""
         world, told = self.world, {"state_hash": states.hash(state)}
 
         def encoded(model: Tree) -> bytes:
@@ -217,16 +240,28 @@ class Server:
             model = everybodys or encoded(broadcast_of(world, state, member))
             note = {"is": FINISH, "own": states.elsewhere.get(member, "")}
             self.post.send(member, Parcel(f"{self.post.session}-finish-{number}", note, model), reply=False)
-        until = time.monotonic() + world.experiment.clients.grace
-        waiting = set(world.facts.clients)
+        giving = Giving(world.facts.clients, world.experiment.clients.grace)
+        engine.wait(lambda: giving.over(self.post.members, time.monotonic()))
+        if giving.late:
+            self.watch.notice(f"not there to be given the model: {', '.join(sorted(giving.late))}")
 
-        def gone() -> bool:
-            for member in list(waiting):
-                known = self.post.members.get(member)
-                if known is None or known.line.idle:
-                    waiting.discard(member)
-            return not waiting or time.monotonic() > until
 
-        engine.wait(gone)
-        if waiting:
-            self.watch.notice(f"not there to be given the model: {', '.join(sorted(waiting))}")
+class Giving:
+    """Who has not got everything yet: a member is waited for as long as there is progress, and then for `grace` seconds."""
+
+    def __init__(self, members: list[ClientId], grace: float) -> None:
+        self.late: list[ClientId] = []
+        self._grace = grace
+        self._waiting = dict.fromkeys(members, (-1, 0.0))  # bytes that went out, and when there were so many first
+
+    def over(self, members: Mapping[ClientId, Attached], now: float) -> bool:
+        for member, (sent, since) in list(self._waiting.items()):
+            known = members.get(member)
+            if known is None or known.line.idle:
+                del self._waiting[member]
+            elif known.line.bytes_out != sent:
+                self._waiting[member] = known.line.bytes_out, now
+            elif now - since > self._grace:
+                self.late.append(member)
+                del self._waiting[member]
+        return not self._waiting

@@ -25,7 +25,7 @@ class Conductor:
     def main(self, context: Any) -> dict[str, Any]:
         """Raises: as `serve`; FLARE then ends the job, and its log says why."""
         from fedtailor import wire
-        from fedtailor.federation.serve import gather
+        from fedtailor.federation.serve import Standing, gather
         from fedtailor.flare.calls import Calls
         from fedtailor.flare.job import opened
         from fedtailor.folder import check_folder
@@ -39,7 +39,7 @@ class Conductor:
             post = Calls(sites, Path(folder), wire.MAX_BYTES, experiment.clients.min_clients, context.is_aborted)
             watch = Watch(log.info, log.info, round=lambda line: log.info("round %s is over", line["round"]))
             try:
-                summary = gather(experiment, out, post, watch, {})
+                summary = gather(experiment, out, post, watch, Standing(experiment.name, experiment.rounds))
             finally:
                 post.close()
         log.info("the run is in %s, state_hash %s", out, summary["state_hash"])
