@@ -41,6 +41,7 @@ CASES: dict[str, Case] = {
     "fedavg": Case(technique="full", plan=SGD),
     "fedavgm": Case(technique="head"),
     "fedex": Case(redundant=("log",)),
+    "fedfomo": Case({"m": 2}),
     "fedit": Case(topts={"rank": 3}),
     "fedlc": Case({"rule": "prior", "tau": 0.5}, technique="prefix", topts={"length": 2}, plan=SGD),
     "fedper": Case(),

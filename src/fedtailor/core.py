@@ -328,6 +328,7 @@ class Job(NamedTuple):
     sizes: tuple[int, ...] = ()  # ranks or prefix lengths, where clients differ in them; the initial tree has the largest
     exact_down: bool = True  # what the server sends arrives unrounded (no lossy filter)
     exact_up: bool = True  # what a client sends does, but for gradients
+    valid: float = 0.1  # share of a client's rows that are for validation: a site's data["valid"]
     seed: int = 0  # of what is drawn at the server; a client draws from its site
     passes: Callable[[Sequence[Tree]], int] = len  # forward passes that a row takes to be judged with each of these trees
     classes: int = 0  # of the labels; 0 for language

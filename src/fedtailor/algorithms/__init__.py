@@ -10,6 +10,7 @@ from fedtailor.algorithms.distil import distil
 from fedtailor.algorithms.fedavg import fedadagrad, fedadam, fedavg, fedavgm, fedyogi
 from fedtailor.algorithms.fedbuff import asynchronous
 from fedtailor.algorithms.fedex import fedex
+from fedtailor.algorithms.fedfomo import fedfomo
 from fedtailor.algorithms.fedlc import fedlc
 from fedtailor.algorithms.fedper import fedper
 from fedtailor.algorithms.fedprox import fedprox
@@ -35,6 +36,7 @@ ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
     "fedavg": fedavg,
     "fedavgm": fedavgm,
     "fedex": fedex,
+    "fedfomo": fedfomo,
     "fedit": fedit,
     "fedlc": fedlc,
     "fedper": fedper,
