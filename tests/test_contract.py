@@ -36,6 +36,7 @@ CASES: dict[str, Case] = {
     "adaptive-prefix": Case({"lengths": [1, 3], "pilot": 2}, technique="prefix", topts={"length": 3}, plan=SGD),
     "asynchronous": Case({"buffer": 2}),
     "distil": Case({"rows": 8, "top": 2, "weights": "confidence"}, plan=SGD),
+    "dypfl": Case(plan=SGD),
     "fedadagrad": Case({"tau": 0.1}, technique="prefix", topts={"length": 2}, plan=SGD, redundant=("optimizer",)),
     "fedadam": Case(technique="prompt", topts={"length": 2}),
     "fedavg": Case(technique="full", plan=SGD),

@@ -290,6 +290,9 @@ class Algorithm(NamedTuple):
     of_all_kinds: bool = False  # no tree crosses: clients may differ in technique and backbone
     splits: bool = False  # a client holds a part of the model only
     updates: bool = True  # a client's replies are of one tree: what a filter lost of one may be given with the next
+    tells: Callable[[State], Tree] | None = (
+        None  # what else belongs in a round's line and in the summary: numbers, perhaps by client
+    )
     check: Callable[[Message, Message], str] | None = (
         None  # (letter, a stranger's reply) -> what is wrong with it; "" if nothing is
     )

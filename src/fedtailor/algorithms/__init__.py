@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from fedtailor.algorithms.adaptive import adaptive_prefix
 from fedtailor.algorithms.baselines import local, pooled, zero_shot
 from fedtailor.algorithms.distil import distil
+from fedtailor.algorithms.dypfl import dypfl
 from fedtailor.algorithms.fedavg import fedadagrad, fedadam, fedavg, fedavgm, fedyogi
 from fedtailor.algorithms.fedbuff import asynchronous
 from fedtailor.algorithms.fedex import fedex
@@ -31,6 +32,7 @@ ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
     "adaptive-prefix": adaptive_prefix,
     "asynchronous": asynchronous,
     "distil": distil,
+    "dypfl": dypfl,
     "fedadagrad": fedadagrad,
     "fedadam": fedadam,
     "fedavg": fedavg,
