@@ -37,6 +37,7 @@ CASES: dict[str, Case] = {
     "asynchronous": Case({"buffer": 2}),
     "distil": Case({"rows": 8, "top": 2, "weights": "confidence"}, plan=SGD),
     "dypfl": Case(plan=SGD),
+    "fed_influence": Case({"samples": 2, "every": 2}, plan=SGD),
     "fedadagrad": Case({"tau": 0.1}, technique="prefix", topts={"length": 2}, plan=SGD, redundant=("optimizer",)),
     "fedadam": Case(technique="prompt", topts={"length": 2}),
     "fedavg": Case(technique="full", plan=SGD),

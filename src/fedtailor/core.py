@@ -31,7 +31,8 @@ TARGETS = ("labels", "teacher")
 """What a batch holds for the loss and not for the model."""
 
 SERVER: ClientId = "server"
-"""A site beside the server itself: the held-out global test set, and, in simulation only, the pooled training data."""
+"""A site beside the server itself: the held-out global test set, and, in simulation only, the pooled training data and a sample of
+everybody's validation rows."""
 
 
 class Message(NamedTuple):
@@ -84,6 +85,7 @@ class Plan(NamedTuple):
     rounds: int = 1  # over which the rate decays
     clip: float = 0.0  # norm of one client's gradient; 0 is no clipping
     dropout: bool = False  # the model's own dropout while training
+    path: bool = False  # keep the params before each step, for who looks at the way and not at its end alone
 
     def at(self, round: int) -> Plan:
         """The plan of a round, counted from 1: its rate has come down as far as `decay` says."""
@@ -113,6 +115,7 @@ class Fitted(NamedTuple):
     params: Tree
     seen: Mapping[str, float]  # n (rows), steps, examples (passes), loss and lr (means over the steps), flops
     optimizer: Tree  # the optimiser's state after the last step
+    path: Sequence[Tree] = ()  # the params before each step, where the plan keeps them
 
 
 class Predict(NamedTuple):

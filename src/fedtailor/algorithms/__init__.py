@@ -8,6 +8,7 @@ from fedtailor.algorithms.adaptive import adaptive_prefix
 from fedtailor.algorithms.baselines import local, pooled, zero_shot
 from fedtailor.algorithms.distil import distil
 from fedtailor.algorithms.dypfl import dypfl
+from fedtailor.algorithms.fed_influence import fed_influence
 from fedtailor.algorithms.fedavg import fedadagrad, fedadam, fedavg, fedavgm, fedyogi
 from fedtailor.algorithms.fedbuff import asynchronous
 from fedtailor.algorithms.fedex import fedex
@@ -33,6 +34,7 @@ ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
     "asynchronous": asynchronous,
     "distil": distil,
     "dypfl": dypfl,
+    "fed_influence": fed_influence,
     "fedadagrad": fedadagrad,
     "fedadam": fedadam,
     "fedavg": fedavg,
