@@ -73,7 +73,7 @@ def main() -> None:
     turned(world, world.facts.clients[: args.wrong])
     plan: Plan = world.job.plan
     began = time.perf_counter()
-    watching = ALGORITHMS["fed_influence"](world.job._replace(plan=plan), samples=args.samples)
+    watching = ALGORITHMS["fed_influence"](world.job._replace(plan=plan), samples=args.samples, on="valid")
     state, loss, right = trained(world, watching, None)
     assert watching.tells
     found = watching.tells(state)["influence"]

@@ -15,7 +15,8 @@ What is watched is the same bits as without. Plain SGD with a constant rate only
 The equations are rebuilt from the paper's text; its supplement was not at hand. Ours: where c was alone in a round, the tree would not
 have moved; LWET is tested in every round on what the round would make of eps_c; FedProx's mu pulls to a start that is shifted as well,
 eps <- eps - eta (H eps + mu (eps - eps_before)); eps starts at 0 when a client is first heard, which is exact.
-Cleansing: from round `cleanse_at` on the `share` of clients with the lowest FIL is not asked any more.
+Cleansing: from round `cleanse_at` on the `share` of clients with the lowest FIL is not asked any more. FIL is measured on the server's
+test rows, as in the paper, which a choice by it uses up; `on = "valid"` takes everybody's validation rows, which only a simulation has.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from fedtailor.core import (
     Forward,
     Handler,
     Job,
+    Letters,
     Loss,
     Message,
     Predict,
@@ -67,6 +69,7 @@ def fed_influence(
     options: dict[str, Any] = {},  # noqa: B006 (never written to)
     samples: int = 4,
     truncate: bool = True,
+    on: str = "test",
     every: int = 0,
     cleanse_at: int = 0,
     share: float = 0.1,
@@ -75,6 +78,7 @@ def fed_influence(
     """Estimates what each client's part in a federated mean has done, and may leave out the worst; `rule` is what is watched."""
     one_size(job, "fed_influence")
     one_of("algorithm.rule", rule, tuple(RULES))
+    one_of("algorithm.on", on, ("test", "valid"))
     plan = job.plan
     if plan.optimizer != "sgd" or plan.momentum or plan.schedule != "constant" or plan.clip or plan.weight_decay or plan.dropout:
         raise ConfigError(
@@ -129,14 +133,14 @@ def fed_influence(
         return handle
 
     def weighed(own: Tree | None, msg: Message, site: Site) -> Flow:
-        """The server's: what the tree is worth with each client's shift, and without any, on validation rows where there are some."""
-        rows = site.data["valid"] if len(site.data.get("valid", ())) else site.data["test"]
+        """The server's: what the tree is worth without any shift and with each client's, on the rows that it has."""
+        rows = site.data.get(on, ())
         params, eps = msg.body["params"], msg.body["eps"]
         losses, right = [], []
         shifts = [{}, *({n: t[i] for n, t in eps.items()} for i in range(int(msg.info["clients"])))]
         for shift in shifts if len(rows) else []:
             moved = {name: t + shift[name] if shift else t for name, t in params.items()}
-            sums = job.tally((yield Predict(job.judge, moved, rows)))
+            sums = job.tally((yield Predict(job.judge, moved, site.data[on])))
             losses.append(mean_loss(sums))
             right.append(float(sums["correct"]) / max(float(sums["tokens" if "tokens" in sums else "n"]), 1.0))
         found = {"loss": torch.tensor(losses, dtype=torch.float64), "right": torch.tensor(right, dtype=torch.float64)}
@@ -165,11 +169,13 @@ def fed_influence(
         if turn in (plan.rounds, cleanse_at - 1) or (every and turn % every == 0):
             known: list[ClientId] = seen["clients"]
             letter = Message("weigh", {"params": new["params"], "eps": seen["eps"]}, {"clients": float(len(known))})
-            told = (yield {SERVER: letter}).get(SERVER)
+            chooses = turn == cleanse_at - 1
+            note = "clients are chosen by the server's test rows: its score on them is none of an untouched test set from here on"
+            told = (yield Letters({SERVER: letter}, note=note if chooses and on == "test" else "")).get(SERVER)
             if told and len(told.body["loss"]):
                 fil, fia = ((t[1:] - t[0]).tolist() for t in (told.body["loss"], told.body["right"]))
                 results = {"turn": turn, "fil": dict(zip(known, fil, strict=True)), "fia": dict(zip(known, fia, strict=True))}
-                if turn == cleanse_at - 1:
+                if chooses:
                     count = min(max(1, int(share * len(known))), len(known) - 1)
                     left_out = sorted(sorted(known, key=lambda c: results["fil"][c])[:count])
         return {**new, "influence": seen, "turn": turn, "left_out": left_out, "weighed": results}
@@ -188,7 +194,7 @@ def fed_influence(
             return why
         found, steps = reply.body["gradients"], int(reply.info["steps"])
         rows = next(iter(found.values())).shape[1] if found else 0
-        if reply.info["lr"] < 0 or bool(found) != (steps > 0) or (found and not 1 <= rows <= samples):
+        if not 0 <= reply.info["lr"] <= GROWN * plan.lr or bool(found) != (steps > 0) or (found and not 1 <= rows <= samples):
             return f"gradients of {rows} rows at {steps} steps and a rate of {reply.info['lr']:g}"
         floats = {name: t for name, t in letter.body.items() if t.is_floating_point()}
         wanted = {name: t.new_zeros(1).expand(steps, rows, *t.shape) for name, t in floats.items()} if found else {}
@@ -247,7 +253,7 @@ def followed(
         comb = torch.where(took_part[:, None], without - move, 0.0)
         if truncate:
             (name,) = block
-            cut[name] = cut[name] | (after.norm(dim=1) > GROWN * before.norm(dim=1))
+            cut[name] = cut[name] | ~(after.norm(dim=1) <= GROWN * before.norm(dim=1))  # also what is no number
             after[cut[name]] = 0.0
         for name, t in zip(block, (after + comb).split([delta[name].numel() for name in block], dim=1), strict=True):
             old[name] = t
