@@ -145,6 +145,8 @@ def world_of(
             parts = {"train": Subset(data, everybody), "test": Subset(data, np.arange(52, 60)), **public}
             return Site(SERVER, parts, technique.init, round, seed)
         parts = {"train": Subset(data, train[client]), "test": Subset(data, train[client][:3]), **public}
+        if client not in empty:
+            parts["valid"] = Subset(data, np.arange(2) + 40 + 2 * names.index(client))
         if algorithm.personal:
             parts["global"] = Subset(data, np.arange(52, 60))
         return Site(client, parts, inits[client], round, seed, (devices or {}).get(client, Device()), names.index(client))

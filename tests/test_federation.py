@@ -39,6 +39,10 @@ def three(tmp_path_factory: pytest.TempPathFactory, folders: Callable[[str], Pat
             },
             id="pfsl, prefix",
         ),
+        pytest.param({"algorithm": {"kind": "fedfomo", "m": 2}, "clients": {"valid": 0.3}}, id="fedfomo, lora"),
+        pytest.param(
+            {"algorithm": {"kind": "fed_influence", "samples": 2}, "train": {"optimizer": "sgd"}}, id="fed_influence, lora"
+        ),
         pytest.param({"filters": {"up": ["int8"], "down": ["bf16"]}}, id="fedavg, int8 with error feedback"),
         pytest.param({"algorithm": {"kind": "asynchronous"}}, id="asynchronous, lora"),
         pytest.param({"technique": {"kind": "full"}, "clients": {"per_round": 2}}, id="fedavg, full, two a round"),

@@ -31,7 +31,8 @@ TARGETS = ("labels", "teacher")
 """What a batch holds for the loss and not for the model."""
 
 SERVER: ClientId = "server"
-"""A site beside the server itself: the held-out global test set, and, in simulation only, the pooled training data."""
+"""A site beside the server itself: the held-out global test set, and, in simulation only, the pooled training data and a sample of
+everybody's validation rows."""
 
 
 class Message(NamedTuple):
@@ -84,6 +85,7 @@ class Plan(NamedTuple):
     rounds: int = 1  # over which the rate decays
     clip: float = 0.0  # norm of one client's gradient; 0 is no clipping
     dropout: bool = False  # the model's own dropout while training
+    path: bool = False  # keep the params before each step, for who looks at the way and not at its end alone
 
     def at(self, round: int) -> Plan:
         """The plan of a round, counted from 1: its rate has come down as far as `decay` says."""
@@ -114,6 +116,7 @@ class Fitted(NamedTuple):
     params: Tree
     seen: Mapping[str, float]  # n (rows), steps, examples (passes), loss and lr (means over the steps), flops
     optimizer: Tree  # the optimiser's state after the last step
+    path: Sequence[Tree] = ()  # the params before each step, where the plan keeps them
 
 
 class Predict(NamedTuple):
@@ -291,6 +294,9 @@ class Algorithm(NamedTuple):
     of_all_kinds: bool = False  # no tree crosses: clients may differ in technique and backbone
     splits: bool = False  # a client holds a part of the model only
     updates: bool = True  # a client's replies are of one tree: what a filter lost of one may be given with the next
+    tells: Callable[[State], Tree] | None = (
+        None  # what else belongs in a round's line and in the summary: numbers, perhaps by client
+    )
     check: Callable[[Message, Message], str] | None = (
         None  # (letter, a stranger's reply) -> what is wrong with it; "" if nothing is
     )
@@ -329,6 +335,7 @@ class Job(NamedTuple):
     sizes: tuple[int, ...] = ()  # ranks or prefix lengths, where clients differ in them; the initial tree has the largest
     exact_down: bool = True  # what the server sends arrives unrounded (no lossy filter)
     exact_up: bool = True  # what a client sends does, but for gradients
+    valid: float = 0.1  # share of a client's rows that are for validation: a site's data["valid"]
     seed: int = 0  # of what is drawn at the server; a client draws from its site
     passes: Callable[[Sequence[Tree]], int] = len  # forward passes that a row takes to be judged with each of these trees
     classes: int = 0  # of the labels; 0 for language

@@ -133,6 +133,7 @@ def equip(experiment: Experiment, facts: Facts, ends: Ends | None = None) -> Mod
         sizes=tuple(sorted(set(sizes))),
         exact_down=not experiment.filters.down,
         exact_up=all(name.endswith("@gradient") for name in experiment.filters.up),
+        valid=experiment.clients.valid,
         seed=seed,
         passes=technique.passes,
         classes=experiment.model.labels or len(facts.labels),

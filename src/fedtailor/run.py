@@ -96,6 +96,8 @@ def conduct(
             line: dict[str, Any] = {"round": number, **_costs(ledger, engine, len(cohort))}
             if "aggregation_error" in state and line["replies"]:  # else it is that of an earlier round
                 line["aggregation_error"] = state["aggregation_error"]
+            if algorithm.tells and line["replies"]:
+                line |= algorithm.tells(state)
             if experiment.evaluate.every and (number % experiment.evaluate.every == 0 or number == experiment.rounds):
                 line |= validate(world, engine, state, number)
             line = defined({**line, "seconds": time.perf_counter() - begun, "peak_memory_bytes": memory.peak()})
@@ -188,6 +190,7 @@ def _finish(
         "train_rows": int(sum(len(s.train) for s in world.clients.values())),
         **world.without_training(),
         "partition": {"clients": world.facts.clients, "labels": world.facts.labels, "counts": world.counts.tolist()},
+        **(algorithm.tells(state) if algorithm.tells else {}),
         **({"prompt": algorithm.model(state)} if experiment.technique.kind == "template" else {}),
         "state_hash": states.hash(state),
     }

@@ -210,7 +210,7 @@ def _sites(
     def sites(client: ClientId, round: int) -> Site:
         store, test, public = of(client)
         if client == SERVER:
-            data = {"train": Subset(store, everything), "test": Subset(test, test_rows)}
+            data = {"train": Subset(store, everything), "valid": Subset(store, valid), "test": Subset(test, test_rows)}
         else:
             rows = clients[client]
             data = {"train": Subset(store, rows.train), "valid": Subset(store, rows.valid), "test": Subset(store, rows.test)}

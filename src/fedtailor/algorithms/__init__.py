@@ -9,10 +9,13 @@ from fedtailor.algorithms.apfl import apfl
 from fedtailor.algorithms.baselines import local, pooled, zero_shot
 from fedtailor.algorithms.distil import distil
 from fedtailor.algorithms.ditto import ditto
+from fedtailor.algorithms.dypfl import dypfl
+from fedtailor.algorithms.fed_influence import fed_influence
 from fedtailor.algorithms.fedavg import fedadagrad, fedadam, fedavg, fedavgm, fedyogi
 from fedtailor.algorithms.fedbasis import fedbasis
 from fedtailor.algorithms.fedbuff import asynchronous
 from fedtailor.algorithms.fedex import fedex
+from fedtailor.algorithms.fedfomo import fedfomo
 from fedtailor.algorithms.fedlc import fedlc
 from fedtailor.algorithms.fedper import fedper
 from fedtailor.algorithms.fedppa import fedppa
@@ -38,6 +41,8 @@ ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
     "asynchronous": asynchronous,
     "distil": distil,
     "ditto": ditto,
+    "dypfl": dypfl,
+    "fed_influence": fed_influence,
     "fedadagrad": fedadagrad,
     "fedadam": fedadam,
     "fedavg": fedavg,
@@ -45,6 +50,7 @@ ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
     "fedbabu": fedbabu,
     "fedbasis": fedbasis,
     "fedex": fedex,
+    "fedfomo": fedfomo,
     "fedit": fedit,
     "fedlc": fedlc,
     "fedper": fedper,

@@ -55,6 +55,7 @@ def fit(
     leaves = _leaves(params)
     state = state or optimizers.fresh(plan, leaves)
     sums = torch.zeros(len(asks), dtype=torch.float64)
+    paths: list[list[Tree]] = [[] for _ in asks]
     spent, passes, ran = [0.0] * len(asks), [0.0] * len(asks), [0.0] * len(asks)
     if plan.dropout:
         # One stream for the group: with dropout, stacked training draws masks of its own.
@@ -69,13 +70,16 @@ def fit(
                 seen = {"n": float(len(asks[i].data)), "steps": float(len(todo[i])), "examples": passes[i], "flops": spent[i]}
                 seen["loss"] = float(sums[i]) / max(len(todo[i]), 1)
                 seen["lr"] = ran[i] / max(len(todo[i]), 1)
-                out[i] = _finished(params, state, place if many else None, seen)
+                at = place if many else None
+                out[i] = Fitted(_own(params, at), seen, _own(state, at), paths[i])
             active = staying
             if active == 0:
                 break
             params, aux, state = (_first(t, active) if many else t for t in (params, aux, state))
             leaves = _leaves(params)
         now = order[:active]
+        for place, i in enumerate(now if plan.path else ()):
+            paths[i].append(tree_map(torch.clone, _own(params, place if many else None)))
         rows = [todo[i][step] for i in now]
         own = [int(lengths[i][r].max()) for i, r in zip(now, rows, strict=True)]
         width, size = max(own), max(len(r) for r in rows)
@@ -184,9 +188,7 @@ def _first(tree: Tree, active: int) -> Tree:
     return out
 
 
-def _finished(params: Tree, state: Tree, place: int | None, seen: dict[str, float]) -> Fitted:
-    def own(tree: Tree) -> Tree:
-        plain = tree_map(lambda t: t.detach(), tree)
-        return tree_map(lambda t: t.cpu(), plain if place is None else unstack(plain, place))
-
-    return Fitted(own(params), seen, own(state))
+def _own(tree: Tree, place: int | None) -> Tree:
+    """One client's part of a tree, on the CPU; all of it where the client is alone."""
+    plain = tree_map(lambda t: t.detach(), tree)
+    return tree_map(lambda t: t.cpu(), plain if place is None else unstack(plain, place))

@@ -64,6 +64,7 @@ def _single(run: Run) -> str:
             _cards(run),
             _prompt(run),
             _section("Over the rounds", _over([run]) if curves else "", curves),
+            _influence(run),
             _parts(run),
             _files(run),
         ]
@@ -80,7 +81,7 @@ def _several(runs: Sequence[Run]) -> str:
     legend = f"<fieldset><legend>Runs&ensp;</legend>{boxes}</fieldset>"
     parts = "".join(
         f"<details><summary><h2>{escape(run.label)}</h2></summary>"
-        f"{_subtitle(run)}{_notice(run)}{_cards(run)}{_prompt(run)}{_parts(run)}{_files(run)}</details>"
+        f"{_subtitle(run)}{_notice(run)}{_cards(run)}{_prompt(run)}{_influence(run)}{_parts(run)}{_files(run)}</details>"
         for run in runs
     )
     return "".join(
@@ -225,6 +226,24 @@ def _prompt(run: Run) -> str:
         + (_table(["class", "solved example"], shown, "Examples in the prompt", text=True) if shown else "")
         + "</section>"
     )
+
+
+def _influence(run: Run) -> str:
+    """What the model would be without each client, the least useful first."""
+    last: dict[str, Any] = next((line for line in (run.summary, *reversed(run.rounds)) if line.get("influence")), {})
+    found: dict[str, dict[str, Any]] = last.get("influence", {})
+    if not found:
+        return ""
+    rows = [
+        (
+            escape(c),
+            [_score(v.get("fip")), _score(v.get("fil")), _score(v.get("fia")), "left out" if c in last["left_out"] else ""],
+        )
+        for c, v in sorted(found.items(), key=lambda item: number(item[1].get("fil")) or 0.0)
+    ]
+    head = ["client", "parameters moved", "loss", "share of right answers", ""]
+    note = '<p class="soft">Estimated change if the client had never taken part: of the parameters (length), of the loss, of what is right.</p>'
+    return f"<section><h2>Without each client</h2>{_table(head, rows, 'Influence of the clients')}{note}</section>"
 
 
 def _rounds(run: Run) -> str:
