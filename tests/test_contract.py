@@ -52,6 +52,7 @@ CASES: dict[str, Case] = {
     "ffa": Case(),
     "flexp": Case({"front": 0, "alignment": 0.5}, plan=SGD),
     "flora": Case(topts={"rank": 2}, sizes={"c0": 1, "c1": 2, "c2": 3}),
+    "fml": Case({"alpha": 0.6, "beta": 0.3}, sizes={"c0": 1, "c1": 2, "c2": 2}),
     "hetlora": Case({"gamma": 0.7, "r_min": 1, "lam": 0.1}, topts={"rank": 3}, sizes={"c0": 1, "c1": 3, "c2": 3}),
     "local": Case(),
     "pfsl": Case({"front": 0, "personal": 1}, plan=SGD._replace(steps=2, rounds=3)),
@@ -147,9 +148,8 @@ def test_laws_of_one_run(kind: str, federation: Federation, world: Maker, tmp_pa
         assert int(straight.answers[client].body["test"]["n"]) == 3
         assert float(straight.answers[client].body["test"]["nll"]) > 0
     personal = ALGORITHMS[kind](world(kind, **case).job, **case["options"]).personal
-    assert (SERVER in straight.answers) == (
-        personal is None or kind == "distil"
-    )  # a student of the server's, and personal models
+    # A student of the server's beside personal models.
+    assert (SERVER in straight.answers) == (personal is None or kind in ("distil", "fml"))
     if personal:
         assert int(straight.answers["c0"].body["global"]["n"]) == 8
 

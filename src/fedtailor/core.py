@@ -106,7 +106,8 @@ class Fit(NamedTuple):
     data: Examples
     aux: Tree = {}  # per-client tensors the loss reads: anchor, teacher, gradient
     plan: Plan = Plan()
-    optimizer: Tree = {}  # optimiser state to go on with; empty starts afresh
+    optimizer: Tree = {}  # optimiser state to go on with; tensors that it lacks start afresh
+    passes: int = 1  # times that a step of the loss goes through the model and back, for the ledger
 
 
 class Fitted(NamedTuple):

@@ -15,6 +15,7 @@ from fedtailor.algorithms.fedper import fedper
 from fedtailor.algorithms.fedprox import fedprox
 from fedtailor.algorithms.flexp import flexp
 from fedtailor.algorithms.flora import flora
+from fedtailor.algorithms.fml import fml
 from fedtailor.algorithms.hetlora import hetlora
 from fedtailor.algorithms.lora_averaging import fedit, fedsa, ffa
 from fedtailor.algorithms.pfsl import pfsl
@@ -44,6 +45,7 @@ ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
     "ffa": ffa,
     "flexp": flexp,
     "flora": flora,
+    "fml": fml,
     "hetlora": hetlora,
     "local": local,
     "pfsl": pfsl,

@@ -35,7 +35,7 @@ def fit(
 ) -> list[Fitted]:
     """Train the asks' params, each on its own data, with its own steps, batches and optimiser.
 
-    Asks must agree in loss, plan and signature. One ask runs without the client axis unless `stacked` says otherwise; more are
+    Asks must agree in loss, plan, passes and signature. One ask runs without the client axis unless `stacked` says otherwise; more are
     one call of `vmap` a step. Clients with fewer steps leave the stack when they are done (they stand last), rows and tokens
     that a client lacks are padding without a label.
 
@@ -53,7 +53,7 @@ def fit(
 
     params, aux, state = _gather([asks[i] for i in order], many, device)
     leaves = _leaves(params)
-    state = state or optimizers.fresh(plan, leaves)
+    state = optimizers.completed(plan, leaves, state)
     sums = torch.zeros(len(asks), dtype=torch.float64)
     spent, passes, ran = [0.0] * len(asks), [0.0] * len(asks), [0.0] * len(asks)
     if plan.dropout:
@@ -93,7 +93,7 @@ def fit(
         sums[now] += values.double().cpu()
         for i, r, w, rate in zip(now, rows, own, rates, strict=True):
             ran[i] += rate
-            spent[i] += flops(len(r), w)
+            spent[i] += asks[0].passes * flops(len(r), w)
             passes[i] += len(r)
     return [done for done in out if done is not None]
 
