@@ -332,6 +332,7 @@ class Job(NamedTuple):
     seed: int = 0  # of what is drawn at the server; a client draws from its site
     passes: Callable[[Sequence[Tree]], int] = len  # forward passes that a row takes to be judged with each of these trees
     classes: int = 0  # of the labels; 0 for language
+    pixels: tuple[int, ...] = ()  # (channels, height, width), where the data are images
     public: int = 0  # examples that everybody has, where there are any: a site's data["public"]
     similar: Callable[[str], list[str]] = lambda word: []  # words that the model takes for like this one, the nearest first
     layers: Layers | None = None  # where the model has layers by which it can be cut

@@ -18,6 +18,7 @@ from fedtailor.algorithms.flora import flora
 from fedtailor.algorithms.fml import fml
 from fedtailor.algorithms.hetlora import hetlora
 from fedtailor.algorithms.lora_averaging import fedit, fedsa, ffa
+from fedtailor.algorithms.pfedpt import pfedpt
 from fedtailor.algorithms.pfsl import pfsl
 from fedtailor.algorithms.phsfl import phsfl
 from fedtailor.algorithms.prompt_search import prompt_search
@@ -48,6 +49,7 @@ ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
     "fml": fml,
     "hetlora": hetlora,
     "local": local,
+    "pfedpt": pfedpt,
     "pfsl": pfsl,
     "phsfl": phsfl,
     "pooled": pooled,
