@@ -125,6 +125,7 @@ def world_of(
         passes=technique.passes,
         layers=layers(technique),
         classes=3 if KINDS[family] != "language" else 0,
+        pixels=(3, 32, 32) if KINDS[family] == "image" else (),
         public=PUBLIC if KINDS[family] != "language" else 0,
         reader=technique.reader,
     )

@@ -62,8 +62,10 @@ CASES: dict[str, Case] = {
     "finetune": Case({"personal": 1}, plan=SGD._replace(rounds=3)),
     "flexp": Case({"front": 0, "alignment": 0.5}, plan=SGD),
     "flora": Case(topts={"rank": 2}, sizes={"c0": 1, "c1": 2, "c2": 3}),
+    "fml": Case({"alpha": 0.6, "beta": 0.3}, sizes={"c0": 1, "c1": 2, "c2": 2}),
     "hetlora": Case({"gamma": 0.7, "r_min": 1, "lam": 0.1}, topts={"rank": 3}, sizes={"c0": 1, "c1": 3, "c2": 3}),
     "local": Case(),
+    "pfedpt": Case({"prompt_epochs": 2, "prompt_lr": 0.1}, technique="prompt", sizes={"c0": 1, "c1": 2, "c2": 2}, plan=SGD),
     "pfsl": Case({"front": 0, "personal": 1}, plan=SGD._replace(steps=2, rounds=3)),
     "phsfl": Case({"front": 0, "edges": 2, "edge_rounds": 2, "personal": 1}, plan=SGD._replace(rounds=4)),
     "pooled": Case(),
@@ -162,9 +164,8 @@ def test_laws_of_one_run(kind: str, federation: Federation, world: Maker, tmp_pa
     personal, gives = made.personal, ALGORITHMS[kind].card.gives  # type: ignore[attr-defined]
     # Clients of a cut model judge their own part of it, be it everybody's.
     assert gives == "baseline" or (gives == "personal") == (personal is not None) or made.splits
-    assert (SERVER in straight.answers) == (
-        personal is None or kind == "distil"
-    )  # a student of the server's, and personal models
+    # A student of the server's beside personal models.
+    assert (SERVER in straight.answers) == (personal is None or kind in ("distil", "fml"))
     if personal:
         assert int(straight.answers["c0"].body["global"]["n"]) == 8
 

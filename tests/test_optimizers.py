@@ -263,3 +263,33 @@ def test_the_rate_falls_from_round_to_round(decay: str, rates: list[float]) -> N
     plan = Plan(lr=2.0, decay=decay, rounds=4)
     assert [plan.at(round).lr for round in (1, 2, 3, 4)] == pytest.approx([2 * rate for rate in rates], abs=1e-6)
     assert plan.at(3).at(4) == plan.at(3)  # it decays once
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("name", ["sgd momentum", "adam decay", "adamw decay"])
+def test_tensors_that_join_later_start_afresh(name: str, stacked: bool) -> None:
+    """One state of which "b" joins after two steps is two optimisers of torch's, "b" with a new one."""
+    plan = PLANS[name]
+    wanted = {n: t.requires_grad_() for n, t in start().items()}
+    old, new = torchs(plan, {n: t for n, t in wanted.items() if n != "b"}), torchs(plan, {"b": wanted["b"]})
+    params = {n: t[None].clone() if stacked else t.clone() for n, t in start().items()}
+    rates: Tensor | float = torch.tensor([plan.lr]) if stacked else plan.lr
+    state: Tree = {}
+    for step in range(STEPS):
+        there = {n: p for n, p in params.items() if n != "b" or step >= 2}
+        state = optimizers.completed(plan, there, state)
+        for n, g in gradient(0, step).items():
+            params[n].grad, wanted[n].grad = (g[None] if stacked else g), g
+        optimizers.apply(plan, there, state, rates)
+        for theirs in (old, new) if step >= 2 else (old,):
+            theirs.step()
+    assert_close({n: p[0] if stacked else p for n, p in params.items()}, {n: t.detach() for n, t in wanted.items()})
+    assert optimizers.steps_in(state) != optimizers.steps_in({**state, "since": {}})
+
+
+def test_the_state_of_one_tree_among_several() -> None:
+    plan = PLANS["adamw"]
+    alone = optimizers.fresh(plan, {"w": torch.ones(2), "part/b": torch.ones(3)})
+    among = optimizers.completed(plan, {"mine/w": torch.ones(2), "mine/part/b": torch.ones(3), "other/w": torch.ones(2)}, {})
+    assert same(optimizers.inside(among, "mine"), alone)
+    assert same(optimizers.inside(optimizers.under(alone, "mine"), "mine"), alone)

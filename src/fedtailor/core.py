@@ -108,7 +108,7 @@ class Fit(NamedTuple):
     data: Examples
     aux: Tree = {}  # per-client tensors the loss reads: anchor, teacher, gradient
     plan: Plan = Plan()
-    optimizer: Tree = {}  # optimiser state to go on with; empty starts afresh
+    optimizer: Tree = {}  # optimiser state to go on with; tensors that it lacks start afresh
     passes: int = 1  # times that a step of the loss goes through the model and back, for the ledger
 
 
@@ -339,6 +339,7 @@ class Job(NamedTuple):
     seed: int = 0  # of what is drawn at the server; a client draws from its site
     passes: Callable[[Sequence[Tree]], int] = len  # forward passes that a row takes to be judged with each of these trees
     classes: int = 0  # of the labels; 0 for language
+    pixels: tuple[int, ...] = ()  # (channels, height, width), where the data are images
     public: int = 0  # examples that everybody has, where there are any: a site's data["public"]
     similar: Callable[[str], list[str]] = lambda word: []  # words that the model takes for like this one, the nearest first
     layers: Layers | None = None  # where the model has layers by which it can be cut

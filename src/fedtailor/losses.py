@@ -28,8 +28,7 @@ def classification(forward: Forward, params: Tree, batch: Batch, aux: Tree) -> T
 
 def language(forward: Forward, params: Tree, batch: Batch, aux: Tree) -> Tensor:
     """Next-token cross entropy over the labels that count (for instructions: those of the response)."""
-    logits, labels = next_tokens(forward(params, batch), batch["labels"])
-    return masked_cross_entropy(logits.flatten(0, 1), labels.flatten())
+    return masked_cross_entropy(*_rows(language, forward(params, batch), batch["labels"]))
 
 
 def next_tokens(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,11 +110,43 @@ class _Distilling(Wrapped):
     def __call__(self, forward: Forward, params: Tree, batch: Batch, aux: Tree) -> Tensor:
         _, temperature = self
         assert isinstance(temperature, float)
-        seen = batch["labels"] != IGNORED  # padding rows have no teacher
         said = (forward(params, batch) / temperature).log_softmax(-1)
         teacher = (batch["teacher"] / temperature).log_softmax(-1)
-        apart = (teacher.exp() * (teacher - said)).sum(-1)  # written out: torch has no rule to stack its own
-        return temperature**2 * (apart * seen).sum() / seen.sum().clamp_min(1)
+        return temperature**2 * divergence(teacher, said, batch["labels"])
+
+
+def mutual(base: Loss, alpha: float, beta: float) -> Loss:
+    """The two losses of Federated Mutual Learning (arXiv 2006.16765) as one sum, for params {"private": tree, "meme": tree}:
+    alpha CE(private) + (1 - alpha) KL(meme || private) + beta CE(meme) + (1 - beta) KL(private || meme). Who teaches is
+    held fixed, so each tree's gradient is that of its own loss. `base` is `classification` or `language`."""
+    return _Mutual(base, alpha, beta)
+
+
+class _Mutual(Wrapped):
+    def __call__(self, forward: Forward, params: Tree, batch: Batch, aux: Tree) -> Tensor:
+        _, base, alpha, beta = self
+        total = torch.zeros((), device=batch["labels"].device)
+        said = {name: _rows(base, forward(params[name], batch), batch["labels"]) for name in ("private", "meme")}
+        for student, teacher, own in (("private", "meme", alpha), ("meme", "private", beta)):
+            logits, labels = said[student]
+            taught = divergence(said[teacher][0].detach().log_softmax(-1), logits.log_softmax(-1), labels)
+            total = total + own * masked_cross_entropy(logits, labels) + (1 - own) * taught  # type: ignore[operator]
+        return total
+
+
+def _rows(base: object, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (n, classes) and labels (n,): of the examples, or of a language model's next tokens."""
+    if base is not language:
+        return logits, labels
+    logits, labels = next_tokens(logits, labels)
+    return logits.flatten(0, 1), labels.flatten()
+
+
+def divergence(teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
+    """KL(teacher || student) of log probabilities (n, classes): mean over the rows whose label, (n,), is not IGNORED."""
+    seen = labels != IGNORED  # padding rows have no teacher
+    apart = (teacher.exp() * (teacher - student)).sum(-1)  # written out: torch has no rule to stack its own
+    return (apart * seen).sum() / seen.sum().clamp_min(1)
 
 
 def tail_norms(params: Tree, pairs: dict[str, tuple[str, str]], start: int) -> Tensor:

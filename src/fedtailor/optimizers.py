@@ -12,7 +12,7 @@ from torch.optim.adam import adam as fused_adam
 from torch.optim.adamw import adamw as fused_adamw
 
 from fedtailor.core import Plan, Tree, falling
-from fedtailor.trees import tree_map, zeros_like
+from fedtailor.trees import SEPARATOR, tree_map, zeros_like
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # the defaults of torch.optim.Adam and AdamW
 
@@ -30,6 +30,43 @@ def fresh(plan: Plan, params: dict[str, Tensor]) -> Tree:
     return {"m": zero, "v": {name: torch.zeros_like(p) for name, p in params.items()}, "step": 0}
 
 
+def completed(plan: Plan, params: dict[str, Tensor], state: Tree) -> Tree:
+    """The state, with what it lacks of these tensors as `fresh` has it: their moments are zero, and their steps count from here."""
+    if not state:
+        return fresh(plan, params)
+    kinds = [kind for kind in ("momentum", "m", "v") if kind in state]
+    new = [name for name in params if kinds and name not in state[kinds[0]]]
+    if not new:
+        return state
+    zero = {kind: {name: torch.zeros_like(params[name], requires_grad=False) for name in new} for kind in kinds}
+    since = {**state.get("since", {}), **dict.fromkeys(new, state["step"])}
+    return {**state, **{kind: {**state[kind], **zero[kind]} for kind in kinds}, "since": since}
+
+
+def inside(state: Tree, name: str) -> Tree:
+    """What of the state for {name: tree, ...} is that tree's: a state for the tree alone, if it has had every step."""
+    return {
+        kind: {path.removeprefix(f"{name}{SEPARATOR}"): t for path, t in part.items() if path.startswith(f"{name}{SEPARATOR}")}
+        if isinstance(part, dict)
+        else part
+        for kind, part in state.items()
+        if kind != "since"
+    }
+
+
+def under(state: Tree, name: str) -> Tree:
+    """The state for a tree as one for {name: tree, ...}, of which the other trees have none."""
+    return {
+        kind: {f"{name}{SEPARATOR}{path}": t for path, t in part.items()} if isinstance(part, dict) else part
+        for kind, part in state.items()
+    }
+
+
+def steps_in(state: Tree) -> tuple[object, ...]:
+    """The numbers of steps in an optimiser's state: where they differ, clients cannot be stacked."""
+    return (state.get("step"), *sorted(state.get("since", {}).items()))
+
+
 @torch.no_grad()
 def apply(plan: Plan, params: dict[str, Tensor], state: Tree, rates: Tensor | float) -> None:
     """One step in place from `p.grad`, as torch.optim's SGD, Adam or AdamW would (a test says so).
@@ -37,7 +74,7 @@ def apply(plan: Plan, params: dict[str, Tensor], state: Tree, rates: Tensor | fl
     `rates` is a number, or (clients,) for tensors with a leading client axis: each client has its own schedule.
     """
     state["step"] += 1
-    count = state["step"]
+    count, since = state["step"], state.get("since", {})  # some may have joined later
     if plan.optimizer != "sgd" and not isinstance(rates, Tensor):
         _adam(plan, params, state, rates)
         return
@@ -59,15 +96,17 @@ def apply(plan: Plan, params: dict[str, Tensor], state: Tree, rates: Tensor | fl
         m, v = state["m"][name], state["v"][name]
         m.lerp_(grad, 1 - BETA1)
         v.mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
-        below = (v.sqrt() / math.sqrt(1 - BETA2**count)).add_(EPSILON)
-        p.sub_((lr / (1 - BETA1**count)) * m / below)
+        taken = count - since.get(name, 0)
+        below = (v.sqrt() / math.sqrt(1 - BETA2**taken)).add_(EPSILON)
+        p.sub_((lr / (1 - BETA1**taken)) * m / below)
 
 
 def _adam(plan: Plan, params: dict[str, Tensor], state: Tree, rate: float) -> None:
     """torch's own fused step: one pass over memory where the rule written out takes ten (full fine-tuning waits for it)."""
     there = [name for name, p in params.items() if p.grad is not None]
     # Each tensor wants a count of its own, which the step raises by one.
-    counts = [torch.full((), float(state["step"] - 1), device=params[name].device) for name in there]
+    since = state.get("since", {})
+    counts = [torch.full((), float(state["step"] - 1 - since.get(name, 0)), device=params[name].device) for name in there]
     step = fused_adamw if plan.optimizer == "adamw" else fused_adam
     step(
         [params[name] for name in there],

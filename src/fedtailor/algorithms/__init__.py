@@ -24,8 +24,10 @@ from fedtailor.algorithms.fedrep import fedrep
 from fedtailor.algorithms.finetune import fedbabu, finetune
 from fedtailor.algorithms.flexp import flexp
 from fedtailor.algorithms.flora import flora
+from fedtailor.algorithms.fml import fml
 from fedtailor.algorithms.hetlora import hetlora
 from fedtailor.algorithms.lora_averaging import fedit, fedsa, ffa
+from fedtailor.algorithms.pfedpt import pfedpt
 from fedtailor.algorithms.pfsl import pfsl
 from fedtailor.algorithms.phsfl import phsfl
 from fedtailor.algorithms.prompt_search import prompt_search
@@ -63,8 +65,10 @@ ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
     "finetune": finetune,
     "flexp": flexp,
     "flora": flora,
+    "fml": fml,
     "hetlora": hetlora,
     "local": local,
+    "pfedpt": pfedpt,
     "pfsl": pfsl,
     "phsfl": phsfl,
     "pooled": pooled,

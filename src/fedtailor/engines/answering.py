@@ -13,6 +13,7 @@ import torch
 from fedtailor.core import Ask, ClientId, Fit, Fitted, Flow, Forward, Message, Predict, Step, Tree
 from fedtailor.engines.splitting import Steps
 from fedtailor.engines.training import Flops, fit, no_flops
+from fedtailor.optimizers import steps_in
 from fedtailor.trees import numel, signature, tree_map
 
 TOKENS = 640
@@ -181,7 +182,7 @@ def grouped(fits: Mapping[ClientId, Fit], size: int, workers: int) -> list[list[
     """
     keyed: dict[Any, list[ClientId]] = {}
     for client, ask in fits.items():
-        alike = (ask.loss, ask.plan, ask.passes, signature(ask.params), signature(ask.aux), ask.optimizer.get("step"))
+        alike = (ask.loss, ask.plan, ask.passes, signature(ask.params), signature(ask.aux), steps_in(ask.optimizer))
         keyed.setdefault(alike, []).append(client)
     groups: list[list[ClientId]] = []
     for clients in keyed.values():

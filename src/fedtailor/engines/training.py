@@ -53,7 +53,7 @@ def fit(
 
     params, aux, state = _gather([asks[i] for i in order], many, device)
     leaves = _leaves(params)
-    state = state or optimizers.fresh(plan, leaves)
+    state = optimizers.completed(plan, leaves, state)
     sums = torch.zeros(len(asks), dtype=torch.float64)
     paths: list[list[Tree]] = [[] for _ in asks]
     spent, passes, ran = [0.0] * len(asks), [0.0] * len(asks), [0.0] * len(asks)

@@ -9,15 +9,43 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedtailor import wire
 from fedtailor.backbone import Backbone, first_token, fork
 from fedtailor.core import HIDDEN, TARGETS, Batch, Forward, Loss, Reader, Tree
 from fedtailor.metrics import Metric
 
 DELTA = "delta"
 """In a tree: unscaled B A products by module, merged into the frozen weights (what FLoRA and FedEx leave behind)."""
+
+
+FRAME = ("frame.top", "frame.bottom", "frame.left", "frame.right")
+"""In a tree: strips that are added to the border of every image (what pFedPT learns)."""
+
+
+def frame_shapes(pixels: Sequence[int], pad: int) -> dict[str, tuple[int, int, int]]:
+    """Shapes of a frame's strips for images of (channels, height, width); {} where it is 0 pixels wide."""
+    channels, height, width = pixels
+    across, down = (channels, pad, width), (channels, height - 2 * pad, pad)
+    return dict(zip(FRAME, (across, across, down, down), strict=True)) if pad else {}
+
+
+def framed(images: Tensor, params: Tree) -> Tensor:
+    """Images (batch, channels, height, width) plus the frame of `params`, zero in the middle."""
+    top, bottom, left, right = (params[name].to(images.dtype) for name in FRAME)
+    middle = left.new_zeros(left.shape[0], left.shape[1], images.shape[-1] - 2 * left.shape[2])
+    return images + torch.cat([top, torch.cat([left, middle, right], 2), bottom], 1)
+
+
+def save_frame(tree: Tree, folder: Path) -> None:
+    """No adapter format has a place for a frame: it lies beside the others' files."""
+    if FRAME[0] in tree:
+        path = folder / "frame.safetensors"
+        with wire.saving(path):
+            save_file({name: tree[name].contiguous() for name in FRAME}, str(path), {"format": "pt"})
 
 
 class Technique(NamedTuple):
@@ -70,6 +98,8 @@ def binder(
                 swapped[bases[module]] = frozen + (change if _is_linear(own, bases[module]) else change.mT)
             inputs = {k: v for k, v in batch.items() if k not in TARGETS}
             inputs |= {name: inputs[name].to(dtype) for name in ("pixel_values", HIDDEN) if name in inputs}
+            if FRAME[0] in params:
+                inputs["pixel_values"] = framed(inputs["pixel_values"], params)
             with around(own, params) if around else nullcontext():
                 outputs = functional_call(own, swapped, (), inputs)
             # An encoder without a head has no logits: its last hidden states, (batch, tokens, width), are what it says.

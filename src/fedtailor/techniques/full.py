@@ -11,7 +11,7 @@ from fedtailor import wire
 from fedtailor.backbone import Backbone, fork, quiet
 from fedtailor.core import Tree
 from fedtailor.errors import ConfigError
-from fedtailor.techniques.base import Technique, binder, detached
+from fedtailor.techniques.base import FRAME, Technique, binder, detached, save_frame
 
 
 def full(backbone: Backbone) -> Technique:
@@ -21,7 +21,8 @@ def full(backbone: Backbone) -> Technique:
     paths = {name: name for name, _ in model.named_parameters()}
 
     def save(tree: Tree, folder: Path) -> None:
-        write_model(backbone, tree, folder)
+        write_model(backbone, {name: t for name, t in tree.items() if name not in FRAME}, folder)
+        save_frame(tree, folder)
 
     def resized(size: int) -> Tree:
         raise ConfigError("clients.ranks and clients.lengths: 'full' has neither; use technique lora or prefix")

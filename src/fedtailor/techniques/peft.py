@@ -20,7 +20,7 @@ from fedtailor.backbone import Backbone, fork, keys_and_values, quiet
 from fedtailor.core import HIDDEN, Batch, Forward, Tree
 from fedtailor.cut import held_layers
 from fedtailor.errors import ConfigError, nearest, one_of
-from fedtailor.techniques.base import DELTA, Technique, binder, detached
+from fedtailor.techniques.base import DELTA, Technique, binder, detached, save_frame
 from fedtailor.techniques.full import write_model
 
 TASKS = {"text": "SEQ_CLS", "language": "CAUSAL_LM", "instruction": "CAUSAL_LM"}
@@ -348,6 +348,7 @@ def _write(backbone: Backbone, tree: Tree, initial: Tree, config: Any, scaling: 
     path = folder / "adapter_model.safetensors"
     with wire.saving(path):
         save_file({name: t.contiguous() for name, t in out.items()}, str(path), {"format": "pt"})
+    save_frame(tree, folder)
     backbone.processor.save_pretrained(str(folder))
     (folder / "labels.json").write_text(json.dumps(backbone.labels, indent=1), encoding="utf-8")
 
