@@ -27,6 +27,7 @@ from fedtailor.algorithms.flora import flora
 from fedtailor.algorithms.fml import fml
 from fedtailor.algorithms.hetlora import hetlora
 from fedtailor.algorithms.lora_averaging import fedit, fedsa, ffa
+from fedtailor.algorithms.pfedpg import pfedpg
 from fedtailor.algorithms.pfedpt import pfedpt
 from fedtailor.algorithms.pfsl import pfsl
 from fedtailor.algorithms.phsfl import phsfl
@@ -68,6 +69,7 @@ ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
     "fml": fml,
     "hetlora": hetlora,
     "local": local,
+    "pfedpg": pfedpg,
     "pfedpt": pfedpt,
     "pfsl": pfsl,
     "phsfl": phsfl,
