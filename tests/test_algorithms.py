@@ -617,13 +617,16 @@ OTHERS = {
 @pytest.mark.parametrize("kind", sorted(set(ALGORITHMS) - OTHERS))
 def test_the_loss_falls(kind: str, federation: Federation) -> None:
     """A sign error anywhere between gradient and server would make it grow."""
-    plan = Plan(epochs=4, batch=4, lr=0.05, optimizer="sgd") if kind == "scaffold" else PLAN._replace(epochs=3)
+    sgd = Plan(epochs=4, batch=4, lr=0.05, optimizer="sgd")
+    plan = sgd if kind in ("fed_influence", "scaffold") else PLAN._replace(epochs=3)
+    prompted: dict[str, Any] = {"technique": "prefix", "topts": {"length": 2}} if kind in ("pfedpg", "pfedpt") else {}
     lr = {"fedadam": {"lr": 0.01}, "fedyogi": {"lr": 0.01}, "fedadagrad": {"lr": 0.02}}.get(kind, {})
     of_two_layers = ("flexp", "pfsl", "phsfl", "splitfed", "splitlora")
     more: dict[str, Any] = {"front": 0} if kind in of_two_layers else {"buffer": 3} if kind == "asynchronous" else {}
     plan = plan._replace(rounds=4, steps=6 if kind == "pfsl" else 0)
-    done = federation(kind, rounds=4, plan=plan, options={**lr, **more})
-    start = federation(kind, rounds=1, plan=plan._replace(lr=1e-9), options={"lr": 1e-9} if lr else more)
+    more = {**more, "prompt_lr": 0.01} if kind == "pfedpt" else more
+    done = federation(kind, rounds=4, plan=plan, options={**lr, **more}, **prompted)
+    start = federation(kind, rounds=1, plan=plan._replace(lr=1e-9), options={"lr": 1e-9} if lr else more, **prompted)
 
     def loss(outcome: Outcome) -> float:
         return sum(float(m.body["test"]["nll"]) for c, m in outcome.answers.items() if c != SERVER)
