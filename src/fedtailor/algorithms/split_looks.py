@@ -38,7 +38,7 @@ from fedtailor.errors import ConfigError
 from fedtailor.trees import add
 
 ROWS, TOKENS = 64, 1024
-"""In one letter, at most."""
+"""In one letter, at most; of a language model no more rows than in a step, as what it says of a token is as wide as its vocabulary."""
 TOGETHER = 32
 """Clients whose hidden states are at the server at a time."""
 Said: TypeAlias = Callable[[State, ClientId], Tree]
@@ -103,7 +103,7 @@ def pieces(on: Ground, site: Site) -> list[tuple[str, np.ndarray]]:
         order = np.argsort(-lengths, kind="stable")
         while len(order):
             longest = max(1, int(lengths[order[0]]), on.layers.tokens)
-            size = max(1, min(ROWS, TOKENS // longest))
+            size = max(1, min(ROWS if on.job.classes else on.job.plan.batch, TOKENS // longest))
             found.append((split, order[:size]))
             order = order[size:]
     return found
