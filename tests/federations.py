@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedtailor.algorithms import ALGORITHMS
-from fedtailor.backbone import Backbone
+from fedtailor.backbone import Backbone, hidden_width
 from fedtailor.core import (
     SERVER,
     Algorithm,
@@ -127,6 +127,7 @@ def world_of(
         classes=3 if KINDS[family] != "language" else 0,
         pixels=(3, 32, 32) if KINDS[family] == "image" else (),
         public=PUBLIC if KINDS[family] != "language" else 0,
+        hidden=hidden_width(technique.backbone),
         reader=technique.reader,
     )
     log: list[Seen] = []

@@ -36,6 +36,7 @@ CASES: dict[str, Case] = {
     "adaptive-prefix": Case({"lengths": [1, 3], "pilot": 2}, technique="prefix", topts={"length": 3}, plan=SGD),
     "apfl": Case(plan=SGD),
     "asynchronous": Case({"buffer": 2}),
+    "ddome": Case({"experts": 3, "k": 2, "width": 8}, plan=SGD),
     "distil": Case({"rows": 8, "top": 2, "weights": "confidence"}, plan=SGD),
     "ditto": Case({"lam": 0.5}, technique="prefix", topts={"length": 2}, plan=SGD),
     "dypfl": Case(plan=SGD),
@@ -126,6 +127,7 @@ def holds_no_example(seen: Seen, examples: list[torch.Tensor]) -> None:
         elif (seen.reply.verb, name) not in (
             ("moved", "seed"),
             ("said", "classes"),
+            ("chosen", "experts"),
             ("sent", "attention_mask"),
             ("shown", "attention_mask"),
             ("sent", "rows"),

@@ -41,6 +41,9 @@ def three(tmp_path_factory: pytest.TempPathFactory, folders: Callable[[str], Pat
         ),
         pytest.param({"algorithm": {"kind": "fedfomo", "m": 2}, "clients": {"valid": 0.3}}, id="fedfomo, lora"),
         pytest.param(
+            {"algorithm": {"kind": "ddome", "experts": 3, "k": 1, "anchors": 1}, "train": {"optimizer": "sgd"}}, id="ddome, lora"
+        ),
+        pytest.param(
             {"algorithm": {"kind": "fed_influence", "samples": 2}, "train": {"optimizer": "sgd"}}, id="fed_influence, lora"
         ),
         pytest.param({"filters": {"up": ["int8"], "down": ["bf16"]}}, id="fedavg, int8 with error feedback"),
@@ -62,6 +65,7 @@ def test_what_is_simulated_is_what_is_deployed(three: Owners, tmp_path: Path, se
         told = served.members[name]
         assert isinstance(told, dict), told
         assert told["state_hash"] == alone["state_hash"]
-        kept = "ends.json" if "front" in sections.get("algorithm", {}) else "adapter_config.json"
+        made = sections.get("algorithm", {})
+        kept = "ends.json" if "front" in made else "gate.safetensors" if "experts" in made else "adapter_config.json"
         assert (Path(told["adapter"]) / kept).is_file() or sections.get("technique") == {"kind": "full"}
     assert read(tmp_path / "run" / "summary.json")["state_hash"] == alone["state_hash"]

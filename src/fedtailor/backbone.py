@@ -177,6 +177,12 @@ def positions(backbone: Backbone) -> int | None:
     return min(*tables, getattr(config.get_text_config(), "max_position_embeddings", min(tables)))
 
 
+def hidden_width(backbone: Backbone) -> int:
+    """Of the hidden states between layers; 0 where the configuration does not say."""
+    config: Any = backbone.model.config
+    return int(getattr(config.get_text_config(), "hidden_size", 0))
+
+
 @torch.no_grad()
 def keys_and_values(backbone: Backbone, length: int) -> tuple[Tensor, list[nn.Module]]:
     """What attention layers see of `length` real tokens or patches: ((layers, 2, kv_heads, length, dim), the layers).

@@ -343,6 +343,7 @@ class Job(NamedTuple):
     public: int = 0  # examples that everybody has, where there are any: a site's data["public"]
     similar: Callable[[str], list[str]] = lambda word: []  # words that the model takes for like this one, the nearest first
     layers: Layers | None = None  # where the model has layers by which it can be cut
+    hidden: int = 0  # width of the model's hidden states
     server: Device = Device("server")  # on the virtual clock
     reader: Reader | None = None  # what reads retrieved passages, where the technique has one
 

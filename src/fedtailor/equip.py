@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fedtailor.backbone import Backbone, positions, sample_inputs, similar_words
+from fedtailor.backbone import Backbone, hidden_width, positions, sample_inputs, similar_words
 from fedtailor.backbone import load as load_backbone
 from fedtailor.config import DeviceSection, Experiment, ModelSection, TechniqueSection
 from fedtailor.core import Algorithm, ClientId, Device, Job, Site, stream
@@ -139,6 +139,7 @@ def equip(experiment: Experiment, facts: Facts, ends: Ends | None = None) -> Mod
         classes=experiment.model.labels or len(facts.labels),
         pixels=tuple(shown.shape[1:]) if (shown := sample_inputs(backbone, 1).get("pixel_values")) is not None else (),
         public=facts.public,
+        hidden=hidden_width(backbone),
         similar=functools.partial(similar_words, backbone),
         reader=technique.reader,
         server=Device("server", flops=1e9 * experiment.engine.server_gflops),

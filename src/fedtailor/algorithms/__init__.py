@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from fedtailor.algorithms.adaptive import adaptive_prefix
 from fedtailor.algorithms.apfl import apfl
 from fedtailor.algorithms.baselines import local, pooled, zero_shot
+from fedtailor.algorithms.ddome import ddome
 from fedtailor.algorithms.distil import distil
 from fedtailor.algorithms.ditto import ditto
 from fedtailor.algorithms.dypfl import dypfl
@@ -43,6 +44,7 @@ ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
     "adaptive-prefix": adaptive_prefix,
     "apfl": apfl,
     "asynchronous": asynchronous,
+    "ddome": ddome,
     "distil": distil,
     "ditto": ditto,
     "dypfl": dypfl,

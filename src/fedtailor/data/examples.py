@@ -49,9 +49,10 @@ def store(columns: Mapping[str, Sequence[Any]], pads: Mapping[str, int]) -> Stor
 class Subset:
     """The rows of a store that one client holds; the `Examples` of core.py."""
 
-    def __init__(self, source: Store, rows: Sequence[int] | np.ndarray) -> None:
+    def __init__(self, source: Store, rows: Sequence[int] | np.ndarray, beside: Mapping[str, Tensor] | None = None) -> None:
         self.source = source
         self.rows = np.asarray(rows, dtype=np.int64)
+        self.beside = beside or {}  # (own rows, ...): columns that the store, which is everybody's, does not have
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -62,22 +63,22 @@ class Subset:
         return starts[self.rows + 1] - starts[self.rows] if self.source.ragged else np.ones(len(self), dtype=np.int64)
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Subset:
-        return Subset(self.source, self.rows[np.asarray(rows, dtype=np.int64)])
+        at = np.asarray(rows, dtype=np.int64)
+        return Subset(self.source, self.rows[at], {name: t[torch.from_numpy(at)] for name, t in self.beside.items()})
 
     def having(self, name: str, column: Tensor) -> Subset:
-        whole = column.new_zeros((self.source.rows, *column.shape[1:]))
-        whole[torch.from_numpy(self.rows)] = column
-        return Subset(self.source._replace(fixed={**self.source.fixed, name: whole}), self.rows)
+        return Subset(self.source, self.rows, {**self.beside, name: column})
 
     def column(self, name: str) -> Tensor:
-        return self.source.fixed[name][torch.from_numpy(self.rows)]
+        return self.beside[name] if name in self.beside else self.source.fixed[name][torch.from_numpy(self.rows)]
 
     def batch(self, rows: Sequence[int] | np.ndarray, width: int, size: int) -> dict[str, Tensor]:
         """Tensors of shape (size, width) for ragged columns and (size, ...) for fixed ones.
 
         Rows beyond `len(rows)` are padding: one visible token (so that no attention row is empty) and no label.
         """
-        chosen = self.rows[np.asarray(rows, dtype=np.int64)]
+        own = np.asarray(rows, dtype=np.int64)
+        chosen = self.rows[own]
         out: dict[str, Tensor] = {}
         if self.source.ragged:
             starts, ends = self.source.offsets[chosen], self.source.offsets[chosen + 1]
@@ -90,8 +91,9 @@ class Subset:
             mask[: len(chosen)] = np.arange(width) < (ends - starts)[:, None]
             mask[len(chosen) :, 0] = 1
             out["attention_mask"] = torch.from_numpy(mask)
-        for name, column in self.source.fixed.items():
-            part = column[torch.from_numpy(chosen)]
+        places = {**dict.fromkeys(self.source.fixed, chosen), **dict.fromkeys(self.beside, own)}
+        for name, column in {**self.source.fixed, **self.beside}.items():
+            part = column[torch.from_numpy(places[name])]
             if size > len(chosen):
                 filler = torch.zeros((size - len(chosen), *part.shape[1:]), dtype=part.dtype)
                 part = torch.cat([part, filler.fill_(IGNORED) if name == "labels" else filler])

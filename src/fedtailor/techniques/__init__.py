@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 
 from fedtailor.techniques.base import Technique
 from fedtailor.techniques.full import full
+from fedtailor.techniques.mixture import with_experts
 from fedtailor.techniques.peft import head, ia3, lora, peft, prefix, prompt
 from fedtailor.techniques.retriever import retriever
 from fedtailor.techniques.template import template
 
-TECHNIQUES: Mapping[str, Callable[..., Technique]] = {
+_ALONE: Mapping[str, Callable[..., Technique]] = {
     "full": full,
     "head": head,
     "ia3": ia3,
@@ -21,5 +22,6 @@ TECHNIQUES: Mapping[str, Callable[..., Technique]] = {
     "retriever": retriever,
     "template": template,
 }
+TECHNIQUES: Mapping[str, Callable[..., Technique]] = {kind: with_experts(make) for kind, make in _ALONE.items()}
 
 __all__ = ["TECHNIQUES", "Technique"]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,15 @@ from torch.func import functional_call
 from fedtailor import wire
 from fedtailor.backbone import Backbone, first_token, fork
 from fedtailor.core import HIDDEN, TARGETS, Batch, Forward, Loss, Reader, Tree
+from fedtailor.errors import ConfigError
 from fedtailor.metrics import Metric
 
 DELTA = "delta"
 """In a tree: unscaled B A products by module, merged into the frozen weights (what FLoRA and FedEx leave behind)."""
+
+
+MEAN = "mean"
+"""In a tree: the forward gives the mean hidden state before the last layer, (batch, width), in the place of logits."""
 
 
 FRAME = ("frame.top", "frame.bottom", "frame.left", "frame.right")
@@ -100,8 +105,11 @@ def binder(
             inputs |= {name: inputs[name].to(dtype) for name in ("pixel_values", HIDDEN) if name in inputs}
             if FRAME[0] in params:
                 inputs["pixel_values"] = framed(inputs["pixel_values"], params)
-            with around(own, params) if around else nullcontext():
+            with around(own, params) if around else nullcontext(), entering(own) if MEAN in params else nullcontext([]) as came:
                 outputs = functional_call(own, swapped, (), inputs)
+            if came:
+                mask = batch.get("attention_mask", came[0].new_ones(came[0].shape[:2]))
+                return pooled(came[0][:, -mask.shape[1] :].float(), mask)  # a soft prompt stands before the text
             # An encoder without a head has no logits: its last hidden states, (batch, tokens, width), are what it says.
             found: Tensor = outputs["logits" if "logits" in outputs else "last_hidden_state"]
             return found.float()
@@ -109,6 +117,30 @@ def binder(
         return forward
 
     return bind
+
+
+@contextmanager
+def entering(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The hidden states that come into the last layer while this is entered. (What comes out of it may be one token only, and PEFT's prefixes
+    take hidden states among the outputs for something else.)
+
+    Raises:
+        ConfigError: the model has no list of layers.
+    """
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    if not stacks:
+        raise ConfigError("this model has no list of layers, so nothing is known of its hidden states: choose another model")
+    last = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))[-1]
+    came: list[Tensor] = []
+
+    def look(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        came.append(given[0] if given else named["hidden_states"])
+
+    hook = last.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield came
+    finally:
+        hook.remove()
 
 
 def pooled(hidden: Tensor, mask: Tensor) -> Tensor:
