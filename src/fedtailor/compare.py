@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,10 @@ MEASURES = (
 
 
 def compare(
-    experiment: Experiment, out: Path, watch: Callable[[str, int], Watch] = lambda title, rounds: Watch()
+    experiment: Experiment,
+    out: Path,
+    watch: Callable[[str, int], Watch] = lambda title, rounds: Watch(),
+    only: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Run what is missing, resume what was cut, keep what is done; returns a row a case and writes compare.json and compare.md.
 
@@ -46,7 +49,7 @@ def compare(
     Raises:
         ConfigError, DataError, RunError: as `cases` and `run`; RunError also where a case diverges with all its values.
     """
-    todo = list(cases(experiment))
+    todo = list(cases(experiment, only))
     summaries: dict[str, list[dict[str, Any]]] = {}
     chosen: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
 
@@ -75,7 +78,9 @@ def compare(
             tried = {"changes": case.changes, "chosen": chosen[name][0], "tried": chosen[name][1]}
             seeds = {"values": [_each(r) for r in runs], "curves": [r["curve"] for r in runs]}
             rows.append({**row(name, runs), **_to_pooled(runs, pooled), "pooled": case.pooled, **tried, **seeds})
-        rows += [flat(name, summaries) for name in experiment.compare.baselines if name == "majority"]
+        if "majority" in experiment.compare.baselines:
+            firsts = {case.task: summaries[case.name] for case in reversed(todo) if case.name in summaries}
+            rows += [flat("majority", task, firsts[task]) for task in reversed(firsts)]
         wire.atomically(out / COMPARISON, lambda path: path.write_text(json.dumps(rows, indent=1), encoding="utf-8"))
         wire.atomically(out / "compare.md", lambda path: path.write_text(markdown(rows), encoding="utf-8"))
         return rows
@@ -168,12 +173,12 @@ def bytes_to(share: float, points: list[dict[str, float]], metric: str) -> float
     return next((p["bytes"] for p in points if sign * p["valid"] >= (best * share if sign > 0 else best / share)), None)
 
 
-def flat(name: str, summaries: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """A baseline that needs no training: always the commonest class."""
-    first = next(iter(summaries.values()))
-    values = [r[name] for r in first if r.get(name) is not None]
+def flat(name: str, task: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """A baseline that needs no training: always the commonest class. `runs`: of any case of its task."""
+    values = [r[name] for r in runs if r.get(name) is not None]
     measured = {"global_test": interval(values)} if values else {}
-    return {"name": name, "metric": first[0]["metric"], "seeds": len(first), "runs": [], **measured}
+    title = f"{task}, {name}" if task else name
+    return {"name": title, "metric": runs[0]["metric"], "seeds": len(runs), "runs": [], **measured}
 
 
 def interval(values: list[float]) -> dict[str, float]:

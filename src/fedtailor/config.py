@@ -169,6 +169,7 @@ class CompareSection(Section):
     seeds: list[NonNegativeInt] = Field([], description="seeds of each case; the experiment's own when absent")
     baselines: list[Literal["pooled", "local", "zero-shot", "majority"]] = []
     sets: list[dict[str, Any]] = Field([], description="cases given one by one: tables of dotted keys")
+    tasks: list[dict[str, Any]] = Field([], description="what each case is run on: tables of dotted keys, each with a name")
     choose: dict[str, list[Any]] = Field({}, description="dotted keys and values to choose among, a case, on validation data")
 
 
