@@ -111,6 +111,11 @@ def _variant(
     found = {}
     for kind in ("", *(b for b in baselines if b in NOT_FOR)):
         alone = kind == "pooled" and str(changes.get("algorithm.kind", experiment.algorithm.kind)) in WITHOUT_GRADIENTS
+        if alone and changes.get("clients.newcomers", experiment.clients.newcomers):
+            raise ConfigError(
+                f"compare: algorithm {changes.get('algorithm.kind', experiment.algorithm.kind)} is pooled by one client that has everything, "
+                "also the newcomers' rows: leave out clients.newcomers, or 'pooled' in compare.baselines"
+            )
         drop = ONE_CLIENT if alone else NOT_FOR.get(kind, ())
         own = {k: v for k, v in changes.items() if not k.startswith(drop)}
         options = _unlike({k: v for k, v in c.items() if not k.startswith(drop)} for c in choices)

@@ -16,10 +16,9 @@ from fedtailor.folder import EXPERIMENT, ROUNDS, SUMMARY, plain, stored
 from fedtailor.run import Watch, run
 
 COMPARISON = "compare.json"
+SCORES = ("global_test", "clients_mean", "clients_worst_decile", "newcomers_mean", "newcomers_joined_mean")
 MEASURES = (
-    "global_test",
-    "clients_mean",
-    "clients_worst_decile",
+    *SCORES,
     "bytes_up_per_client_round",
     "bytes_down_per_client_round",
     "bytes_total",
@@ -146,7 +145,7 @@ def row(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _each(summary: dict[str, Any]) -> dict[str, Any]:
     """What one seed gave, for who pairs seeds."""
-    return {"seed": summary["seed"], **{m: summary[m] for m in MEASURES[:3] if summary.get(m) is not None}}
+    return {"seed": summary["seed"], **{m: summary[m] for m in SCORES if summary.get(m) is not None}}
 
 
 def _to_pooled(runs: list[dict[str, Any]], pooled: list[dict[str, Any]]) -> dict[str, Any]:
@@ -207,6 +206,8 @@ def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     paired = any("to_pooled" in r for r in rows)
     scores = {f"global test ({metric})": "global_test", **({"to pooled": "to_pooled"} if paired else {})}
     scores |= {"clients' mean": "clients_mean", "worst decile": "clients_worst_decile"}
+    late = {"newcomers": "newcomers_mean", "newcomers, joined": "newcomers_joined_mean"}
+    scores |= {title: measure for title, measure in late.items() if any(measure in r for r in rows)}
     sizes = {"kB up": ("bytes_up_per_client_round", 1e3), "kB down": ("bytes_down_per_client_round", 1e3)}
     sizes |= {"MB in all": ("bytes_total", 1e6)} | (
         {"MB to 99 %": ("bytes_to_99", 1e6)} if any("bytes_to_99" in r for r in rows) else {}
