@@ -128,6 +128,7 @@ def test_a_baseline_does_not_choose_what_it_does_not_have(experiment: Callable[.
         ({"choose": {"train.rate": [1, 2]}}, {}, "unknown key 'train.rate'"),
         ({"sets": [{"choose": ["train.lr"]}]}, {}, "write choose as"),
         ({"sets": [{"baselines": ["pooled"]}]}, {}, "some of compare.baselines"),
+        ({"sets": [{"tasks": ["lnog"]}], "tasks": [{"name": "long"}]}, {}, "no task 'lnog': did you mean 'long'"),
         ({"sets": [{"name": "a"}, {"name": "a", "technique.rank": 3}]}, {}, "two cases would be called 'a'"),
         ({"choose": {"train.lr": [1e-3, 1e-2]}}, {"evaluate": {"every": 0}}, "needs validation data"),
         ({"choose": {"train.lr": [1e-3, 1e-2]}}, {"clients": {"count": 2, "valid": 0}}, "needs validation data"),

@@ -59,6 +59,11 @@ def cases(experiment: Experiment, only: Sequence[str] = ()) -> Iterator[Case]:
     grid = _grid(section.vary, "vary")
     tasks, sets = (_asked(tables, only) for tables in (section.tasks, section.sets))
     names = [str(table["name"]) for table in (*section.sets, *section.tasks) if "name" in table]
+    for name in itertools.chain.from_iterable(table.get("tasks", []) for table in section.sets):
+        if name not in (known := [str(task.get("name")) for task in section.tasks]):
+            raise ConfigError(
+                f"compare.sets: there is no task '{name}': " + (nearest(name, known) if known else "compare.tasks has none")
+            )
     for name in only:
         if name not in names:
             raise ConfigError(
