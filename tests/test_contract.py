@@ -42,6 +42,7 @@ CASES: dict[str, Case] = {
     "fed_influence": Case({"samples": 2, "every": 2}, plan=SGD),
     "fedadagrad": Case({"tau": 0.1}, technique="prefix", topts={"length": 2}, plan=SGD, redundant=("optimizer",)),
     "fedadam": Case(technique="prompt", topts={"length": 2}),
+    "fedala": Case({"layers": 2, "eta": 10.0, "most": 3}, technique="prefix", topts={"length": 2}, plan=SGD),
     "fedavg": Case(technique="full", plan=SGD),
     "fedavgm": Case(technique="head"),
     "fedbabu": Case({"personal": 1}, plan=SGD._replace(rounds=3)),

@@ -11,6 +11,7 @@ from fedtailor.algorithms.distil import distil
 from fedtailor.algorithms.ditto import ditto
 from fedtailor.algorithms.dypfl import dypfl
 from fedtailor.algorithms.fed_influence import fed_influence
+from fedtailor.algorithms.fedala import fedala
 from fedtailor.algorithms.fedavg import fedadagrad, fedadam, fedavg, fedavgm, fedyogi
 from fedtailor.algorithms.fedbasis import fedbasis
 from fedtailor.algorithms.fedbuff import asynchronous
@@ -48,6 +49,7 @@ ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
     "fed_influence": fed_influence,
     "fedadagrad": fedadagrad,
     "fedadam": fedadam,
+    "fedala": fedala,
     "fedavg": fedavg,
     "fedavgm": fedavgm,
     "fedbabu": fedbabu,
