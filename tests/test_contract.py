@@ -51,6 +51,7 @@ CASES: dict[str, Case] = {
     "fedfomo": Case({"m": 2}),
     "fedit": Case(topts={"rank": 3}),
     "fedlc": Case({"rule": "prior", "tau": 0.5}, technique="prefix", topts={"length": 2}, plan=SGD),
+    "fedmosaic": Case({"samples": 2}, plan=SGD),
     "fedper": Case(),
     "fedppa": Case({"lam": 0.8, "stages": 2, "depths": [1, 2]}, plan=SGD),
     "fedprox": Case({"mu": 0.1}, technique="ia3"),

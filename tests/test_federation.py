@@ -40,6 +40,7 @@ def three(tmp_path_factory: pytest.TempPathFactory, folders: Callable[[str], Pat
             id="pfsl, prefix",
         ),
         pytest.param({"algorithm": {"kind": "fedfomo", "m": 2}, "clients": {"valid": 0.3}}, id="fedfomo, lora"),
+        pytest.param({"algorithm": {"kind": "fedmosaic", "samples": 1}}, id="fedmosaic, lora"),
         pytest.param(
             {"algorithm": {"kind": "fed_influence", "samples": 2}, "train": {"optimizer": "sgd"}}, id="fed_influence, lora"
         ),

@@ -18,6 +18,7 @@ from fedtailor.algorithms.fedbuff import asynchronous
 from fedtailor.algorithms.fedex import fedex
 from fedtailor.algorithms.fedfomo import fedfomo
 from fedtailor.algorithms.fedlc import fedlc
+from fedtailor.algorithms.fedmosaic import fedmosaic
 from fedtailor.algorithms.fedper import fedper
 from fedtailor.algorithms.fedppa import fedppa
 from fedtailor.algorithms.fedprox import fedprox
@@ -58,6 +59,7 @@ ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
     "fedfomo": fedfomo,
     "fedit": fedit,
     "fedlc": fedlc,
+    "fedmosaic": fedmosaic,
     "fedper": fedper,
     "fedppa": fedppa,
     "fedprox": fedprox,
