@@ -67,6 +67,7 @@ CASES: dict[str, Case] = {
     "fml": Case({"alpha": 0.6, "beta": 0.3}, sizes={"c0": 1, "c1": 2, "c2": 2}),
     "hetlora": Case({"gamma": 0.7, "r_min": 1, "lam": 0.1}, topts={"rank": 3}, sizes={"c0": 1, "c1": 3, "c2": 3}),
     "local": Case(),
+    "pac_pfl": Case({"particles": 2, "draws": 2, "exchanges": 2}, technique="head", plan=SGD),
     "pfedpg": Case({"server_lr": 0.1, "server_optimizer": "sgd", "width": 4}, technique="prompt", topts={"length": 2}, plan=SGD),
     "pfedpt": Case({"prompt_epochs": 2, "prompt_lr": 0.1}, technique="prompt", sizes={"c0": 1, "c1": 2, "c2": 2}, plan=SGD),
     "pfsl": Case({"front": 0, "personal": 1}, plan=SGD._replace(steps=2, rounds=3)),

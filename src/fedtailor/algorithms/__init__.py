@@ -29,6 +29,7 @@ from fedtailor.algorithms.flora import flora
 from fedtailor.algorithms.fml import fml
 from fedtailor.algorithms.hetlora import hetlora
 from fedtailor.algorithms.lora_averaging import fedit, fedsa, ffa
+from fedtailor.algorithms.pac_pfl import pac_pfl
 from fedtailor.algorithms.pfedpg import pfedpg
 from fedtailor.algorithms.pfedpt import pfedpt
 from fedtailor.algorithms.pfsl import pfsl
@@ -73,6 +74,7 @@ ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
     "fml": fml,
     "hetlora": hetlora,
     "local": local,
+    "pac_pfl": pac_pfl,
     "pfedpg": pfedpg,
     "pfedpt": pfedpt,
     "pfsl": pfsl,
