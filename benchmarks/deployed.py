@@ -60,7 +60,7 @@ class Deployed:
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             self.port = found.getsockname()[1]
-        self.dialled = through or self.port
+        self.host, self.dialled = "127.0.0.1", through or self.port
         keys.init(folder / "keys")
         count = int(self.values["clients"]["count"])
         self.names = [f"client-{i:0{len(str(count - 1))}d}" for i in range(count)]
@@ -72,13 +72,13 @@ class Deployed:
             self.running[name] = subprocess.Popen([*COMMAND, *words], stdout=subprocess.DEVNULL, stderr=log)
 
     def serve(self, *more: str) -> None:
-        at = ("--at", f"127.0.0.1:{self.port}", "--keys", str(self.folder / "keys"))
+        at = ("--at", f"{self.host}:{self.port}", "--keys", str(self.folder / "keys"))
         self.start("server", "serve", str(self.folder / "e.toml"), *at, "--out", str(self.folder / "run"), *more)
 
     def join(self, name: str) -> None:
         home = self.folder / name
         enrolled = () if (home / "identity.pem").exists() else ("--token", self.tokens[name])
-        self.start(name, "join", f"127.0.0.1:{self.dialled}", "--simulate", "--home", str(home), *enrolled)
+        self.start(name, "join", f"{self.host}:{self.dialled}", "--simulate", "--home", str(home), *enrolled)
 
     def begin(self) -> None:
         self.serve()

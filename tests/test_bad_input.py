@@ -201,6 +201,14 @@ CASES: dict[str, Case] = {
     "kinds of clients that average": toml(
         'clients = { kinds = [{ technique = { kind = "head" } }] }', "clients.kinds: algorithm fedavg exchanges trees"
     ),
+    "kinds of clients without one reference model": toml(
+        'algorithm = { kind = "fedmosaic" }\nclients = { kinds = [{ technique = { kind = "head" } }] }',
+        "clients.kinds: algorithm fedmosaic exchanges trees",
+        "distil",
+    ),
+    "nothing whose gradient tells tasks apart": run(
+        USAGE, "has nothing to train", "prompt-search", algorithm__kind="fedmosaic", technique__kind="template"
+    ),
     "a kind of client that is none": toml(
         'clients = { kinds = [{ technique = { kind = "hed" } }] }', "technique.kind 'hed'", "did you mean 'head'"
     ),

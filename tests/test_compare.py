@@ -128,6 +128,7 @@ def test_a_baseline_does_not_choose_what_it_does_not_have(experiment: Callable[.
         ({"choose": {"train.rate": [1, 2]}}, {}, "unknown key 'train.rate'"),
         ({"sets": [{"choose": ["train.lr"]}]}, {}, "write choose as"),
         ({"sets": [{"baselines": ["pooled"]}]}, {}, "some of compare.baselines"),
+        ({"sets": [{"tasks": ["lnog"]}], "tasks": [{"name": "long"}]}, {}, "no task 'lnog': did you mean 'long'"),
         ({"sets": [{"name": "a"}, {"name": "a", "technique.rank": 3}]}, {}, "two cases would be called 'a'"),
         ({"choose": {"train.lr": [1e-3, 1e-2]}}, {"evaluate": {"every": 0}}, "needs validation data"),
         ({"choose": {"train.lr": [1e-3, 1e-2]}}, {"clients": {"count": 2, "valid": 0}}, "needs validation data"),
@@ -179,6 +180,38 @@ def test_sets_may_have_names_and_share_a_baseline(experiment: Callable[..., Expe
         ("alone, clients.partition=dirichlet 0.1", None),
     ]
     assert [case.seed for case in found] == [4] * 7 + [3] * 7  # a whole table of one seed before the next
+
+
+def test_every_set_is_run_on_every_task_that_it_suits(experiment: Callable[..., Experiment]) -> None:
+    tasks = [
+        {"name": "short", "data.max_length": 16},
+        {"name": "long", "data.max_length": 32, "technique.rank": 2, "choose": {"train.lr": [1e-3, 1e-2]}},
+    ]
+    sets = [{"name": "mean"}, {"name": "prox", "algorithm.kind": "fedprox", "technique.rank": 3, "tasks": ["long"]}]
+    asked = experiment({"sets": sets, "tasks": tasks, "baselines": ["pooled", "majority"]})
+    found = {case.name: case for case in cases(asked)}
+    assert list(found) == ["short, mean", "short, pooled", "long, mean", "long, pooled", "long, prox", "long, pooled, prox"]
+    assert [case.task for case in found.values()] == ["short"] * 2 + ["long"] * 4
+    assert found["long, mean"].pooled == "long, pooled"  # its name has no set's: no set changes it
+    prox = found["long, prox"].experiment({})
+    assert (prox.data.max_length, prox.technique.options["rank"]) == (32, 3)  # the set's word comes last
+    assert len(found["short, mean"].choices) == 1
+    assert len(found["long, prox"].choices) == 2
+    assert [case.name for case in cases(asked, ["long", "mean"])] == ["long, mean", "long, pooled"]
+    assert [case.name for case in cases(asked, ["short"])] == ["short, mean", "short, pooled"]
+    with pytest.raises(ConfigError, match=r"--only porx: did you mean 'prox'\?"):
+        list(cases(asked, ["porx"]))
+    with pytest.raises(ConfigError, match="name nothing"):
+        list(cases(experiment({}), ["prox"]))
+
+
+def test_the_commonest_class_is_that_of_each_task(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
+    tasks = [{"name": "all", "clients.valid": 0.2}, {"name": "few", "data.limit": 40, "clients.valid": 0.2}]
+    rows = compare(experiment({"tasks": tasks, "baselines": ["majority"]}), tmp_path)
+    assert [row["name"] for row in rows] == ["all", "few", "all, majority", "few, majority"]
+    for row, flat in zip(rows[:2], rows[2:], strict=True):
+        summary = json.loads((Path(row["runs"][0]) / "summary.json").read_text("utf-8"))
+        assert flat["global_test"]["mean"] == summary["majority"]
 
 
 def test_pooled_search_is_one_client_that_has_everything(experiment: Callable[..., Experiment]) -> None:

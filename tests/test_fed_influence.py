@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -244,11 +246,50 @@ def test_what_does_not_fit_is_said(options: dict[str, Any], plan: Plan, word: st
         world("fed_influence", options=options, plan=plan)
 
 
-def test_memory_is_bounded(world: Callable[..., World]) -> None:
+def test_shifts_on_disk_and_in_parts_are_the_same(federation: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    case = {"plan": SGD, "technique": "lora", "topts": {"rank": 2}}
+    inside, outside = (federation("fed_influence", options={"room": room}, **case) for room in (1.0, 0.0))
+    assert outside.hash == inside.hash
+    monkeypatch.setattr(followed, "__defaults__", (False, 1))  # a client at a time
+    parts = federation("fed_influence", **case)
+    assert distance(parts.state["influence"]["eps"], inside.state["influence"]["eps"]) < 1e-6
+    assert same(parts.state["influence"]["cut"], inside.state["influence"]["cut"])
+
+
+def test_a_disk_without_room_is_said_beforehand(world: Callable[..., World]) -> None:
     here = world("fedavg", plan=SGD)
-    algorithm = ALGORITHMS["fed_influence"](here.job._replace(clients=1000), room=0.002)
-    with pytest.raises(ConfigError, match="1000 clients"):
+    algorithm = ALGORITHMS["fed_influence"](here.job._replace(clients=10**13))
+    with pytest.raises(ConfigError, match="TMPDIR"):
         algorithm.init(here.technique.init)
+
+
+BOUNDED = """
+import re, resource, sys
+from pathlib import Path
+import torch
+from fedtailor.algorithms.fed_influence import followed, lengths
+from fedtailor.core import Message
+
+torch.set_num_threads(1)
+on_disk, clients, shape = sys.argv[1] == "disk", [f"c{i:02}" for i in range(50)], (500, 1000)
+data = int(re.search(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (data + 150_000_000,) * 2)
+state = {"clients": [], "eps": {"w": torch.zeros(0, *shape)}, "cut": {"w": torch.zeros(0, dtype=torch.uint8)}}
+body = {"update": {"w": torch.ones(shape)}, "gradients": {"w": torch.ones(1, 1, *shape)}}
+for cohort in (clients, clients[:2]):
+    replies = {c: Message("watched", body, {"n": 1.0, "lr": 1e-9, "steps": 1.0}) for c in cohort}
+    state = followed(state, {"w": torch.zeros(shape)}, replies, [1.0] * len(replies), 0.0, True, on_disk, 20_000_000)
+assert min(lengths(state["eps"], len(clients))) > 1
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="limits of this kind are Linux's")
+def test_memory_is_bounded() -> None:
+    """100 MB of shifts, and 200 in the middle of a round, in a process that may take 150 MB more than its imports."""
+    ran = {w: subprocess.run([sys.executable, "-c", BOUNDED, w], capture_output=True, text=True) for w in ("disk", "memory")}
+    assert ran["disk"].returncode == 0, ran["disk"].stderr
+    assert ran["memory"].returncode != 0
+    assert "memory" in ran["memory"].stderr
 
 
 def test_the_numbers_are_in_the_run_folder_and_its_report(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ def three(tmp_path_factory: pytest.TempPathFactory, folders: Callable[[str], Pat
             id="pfsl, prefix",
         ),
         pytest.param({"algorithm": {"kind": "fedfomo", "m": 2}, "clients": {"valid": 0.3}}, id="fedfomo, lora"),
+        pytest.param({"algorithm": {"kind": "fedmosaic", "samples": 1}}, id="fedmosaic, lora"),
         pytest.param(
             {"algorithm": {"kind": "ddome", "experts": 3, "k": 1, "anchors": 1}, "train": {"optimizer": "sgd"}}, id="ddome, lora"
         ),

@@ -146,6 +146,24 @@ def test_killed_and_resumed_is_never_killed(
     assert kinds[0] == kinds[1]
 
 
+def test_two_processes_never_write_to_one_folder(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that is taken for dead, and is not: the second one says so, and the first is not harmed."""
+    import fcntl
+
+    first = command({"rounds": 2}, "run")
+    finished(first)
+    before = (here / "run" / "rounds.jsonl").read_bytes()
+    holder = os.open(here / "run", os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    assert in_process(*first, "--resume") == 4
+    assert "another process writes to 'run': wait until it ends, or name another --out" in capsys.readouterr().err.replace(
+        "\n", " "
+    )
+    assert (here / "run" / "rounds.jsonl").read_bytes() == before
+    os.close(holder)
+    finished([*first, "--resume"])
+
+
 def test_what_is_carried_is_there(here: Path) -> None:
     """The cases above mean something: each has a state besides the model after the first rounds."""
     from fedtailor.engines.states import States

@@ -14,6 +14,7 @@ import torch
 
 from fedtailor import wire
 from fedtailor.core import Tree, stream
+from fedtailor.engines import states as module
 from fedtailor.engines.states import MANIFEST, States
 from fedtailor.errors import RunError
 from tiny import same
@@ -49,6 +50,21 @@ def test_what_is_committed_is_what_is_resumed(tmp_path: Path) -> None:
     assert again.read_own("nobody") == {}
     assert again.hash(found[1]) == states.hash(tree(1.0))
     assert again.own == states.own
+
+
+def test_a_large_state_is_read_and_hashed_without_a_copy_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight = committed(tmp_path).hash(tree(1.0))
+    monkeypatch.setattr(module, "LARGE", 0)
+    again = States(tmp_path)
+    found = again.resume()
+    assert found is not None
+    server, kept = found[1], files(tmp_path)
+    assert again.hash(server) == straight
+    assert files(tmp_path) == kept
+    again.commit(2, tree(2.0), ENGINE, {})  # the file that was read is gone, and its pages are not
+    assert same(server, tree(1.0))
+    server["params"]["w"].zero_()  # nobody should; the checkpoint would not notice
+    assert same(States(tmp_path).resume()[1], tree(2.0))  # type: ignore[index]
 
 
 def test_an_empty_folder_has_nothing_to_resume(tmp_path: Path) -> None:

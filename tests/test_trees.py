@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedtailor import trees
 from fedtailor.core import Tree, stream
-from fedtailor.trees import add, aggregation_error, leaves, lora_pairs, moved, overlapping_mean, weighted_mean
+from fedtailor.trees import add, aggregation_error, cut, leaves, lora_pairs, moved, overlapping_mean, weighted_mean
 from tiny import same
 
 
@@ -286,3 +286,13 @@ def test_moving_tensor_by_tensor_is_adding_the_mean(sizes: tuple[int, ...]) -> N
     if len(set(sizes)) == 1:
         deep = moved({"deep": params}, [{"deep": tree} for tree in held], [1.0, 2.0, 0.5])
         assert same(deep["deep"], at_once)
+
+
+def test_a_tree_that_needs_no_cut_stays_the_same_object() -> None:
+    """What everybody was sent is stacked as one where it is one object."""
+    whole = {"w": noise(4, 3), "kind": "lora"}
+    assert cut(whole, {"w": torch.empty(4, 3)}) is whole
+    assert cut(whole, {}) is whole
+    part = cut(whole, {"w": torch.empty(2, 3)})
+    assert same(part, {"w": whole["w"][:2], "kind": "lora"})
+    assert whole["w"].shape == (4, 3)

@@ -6,12 +6,12 @@ import copy
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedtailor.config import Experiment, assign, parse
-from fedtailor.errors import ConfigError
+from fedtailor.errors import ConfigError, nearest
 from fedtailor.folder import written
 
 EXCHANGED = ("algorithm", "filters", "clients.devices")
@@ -23,7 +23,7 @@ NOT_FOR = {  # keys that mean nothing to a baseline
 }
 WITHOUT_GRADIENTS = ("prompt-search", "rag")  # pooled, they are the same algorithm with one client that has everything
 ONE_CLIENT = ("filters", "clients.devices", "clients.partition", "clients.per_round", "clients.count")
-WORDS = ("name", "choose", "baselines")  # of a table of compare.sets, beside dotted keys
+WORDS = ("name", "choose", "baselines", "tasks")  # of a table of compare.sets or compare.tasks, beside dotted keys
 
 
 class Case(NamedTuple):
@@ -33,6 +33,7 @@ class Case(NamedTuple):
     choices: list[dict[str, Any]]  # dotted keys and values, one of which validation data chooses; [{}] without `choose`
     changes: dict[str, Any] = {}  # dotted keys and values that make it this case
     pooled: str | None = None  # the case that trains the same where the data is pooled
+    task: str = ""  # what it is run on, where there are several
 
     def experiment(self, choice: dict[str, Any]) -> Experiment:
         values = copy.deepcopy(self.values)
@@ -45,19 +46,35 @@ class Case(NamedTuple):
         return Path(*(re.sub(r"[^\w.=\-]+", "_", part) for part in parts))
 
 
-def cases(experiment: Experiment) -> Iterator[Case]:
-    """Every combination of `compare.vary` (or each table of `compare.sets`), each followed by its baselines, for the first seed; then
-    the same for the other seeds. Techniques may share a baseline: it comes once.
+def cases(experiment: Experiment, only: Sequence[str] = ()) -> Iterator[Case]:
+    """Every combination of `compare.vary` (or each table of `compare.sets`) on every table of `compare.tasks`, each followed by its
+    baselines, for the first seed; then the same for the other seeds. Cases may share a baseline: it comes once.
+
+    `only`: those of these sets and of these tasks.
 
     Raises:
-        ConfigError: a varied key that does not exist, or a value that it cannot have.
+        ConfigError: a varied key that does not exist, or a value that it cannot have; no set or task of that name.
     """
     section = experiment.compare
     grid = _grid(section.vary, "vary")
+    tasks, sets = (_asked(tables, only) for tables in (section.tasks, section.sets))
+    names = [str(table["name"]) for table in (*section.sets, *section.tasks) if "name" in table]
+    for name in itertools.chain.from_iterable(table.get("tasks", []) for table in section.sets):
+        if name not in (known := [str(task.get("name")) for task in section.tasks]):
+            raise ConfigError(
+                f"compare.sets: there is no task '{name}': " + (nearest(name, known) if known else "compare.tasks has none")
+            )
+    for name in only:
+        if name not in names:
+            raise ConfigError(
+                f"--only {name}: {nearest(name, names) if names else 'compare.sets and compare.tasks name nothing'}"
+            )
     for seed in section.seeds or [experiment.seed]:
         known: dict[str, Case] = {}  # by what is run
-        for one, other in itertools.product(section.sets or [{}], grid):
-            found = {kind: known.get(_content(case), case) for kind, case in _variant(experiment, one, other, seed).items()}
+        for task, one, other in itertools.product(tasks or [{}], sets or [{}], grid):
+            if task and task.get("name") not in one.get("tasks", [task.get("name")]):
+                continue
+            found = {kind: known.get(_content(case), case) for kind, case in _variant(experiment, one, task, other, seed).items()}
             own, pooled = found.pop(""), found.get("pooled")
             for case in (own._replace(pooled=pooled.name if pooled else None), *found.values()):
                 if _content(case) in known:
@@ -74,31 +91,48 @@ def _content(case: Case) -> str:
     return json.dumps([case.values, case.choices], sort_keys=True)
 
 
-def _variant(experiment: Experiment, one: dict[str, Any], other: dict[str, Any], seed: int) -> dict[str, Case]:
-    """The case of one table of `compare.sets` with one combination of `compare.vary`, under "", and its baselines by kind."""
+def _asked(tables: list[dict[str, Any]], only: Sequence[str]) -> list[dict[str, Any]]:
+    """The tables of these names; all where none of them is named."""
+    return [table for table in tables if table.get("name") in only] or tables
+
+
+def _variant(
+    experiment: Experiment, one: dict[str, Any], task: dict[str, Any], other: dict[str, Any], seed: int
+) -> dict[str, Case]:
+    """The case of one table of `compare.sets` on one of `compare.tasks` with one combination of `compare.vary`, under "", and its
+    baselines by kind. What a set says comes after what a task says."""
     section = experiment.compare
-    changes = {**{k: v for k, v in one.items() if k not in WORDS}, **other}
-    chosen, baselines = one.get("choose", {}), one.get("baselines", section.baselines)
+    changes = {**{k: v for table in (task, one) for k, v in table.items() if k not in WORDS}, **other}
+    chosen, baselines = [table.get("choose", {}) for table in (task, one)], one.get("baselines", section.baselines)
     if "seed" in changes:
         raise ConfigError("compare: seeds are varied by compare.seeds, a list, so that each case has them all")
-    if not isinstance(chosen, dict) or not all(isinstance(v, list) for v in chosen.values()):
-        raise ConfigError('compare.sets: write choose as { "train.lr" = [0.001, 0.01] }')
+    if not all(isinstance(choose, dict) and all(isinstance(v, list) for v in choose.values()) for choose in chosen):
+        raise ConfigError('compare.sets and compare.tasks: write choose as { "train.lr" = [0.001, 0.01] }')
     if not isinstance(baselines, list) or not set(baselines) <= set(section.baselines):
         raise ConfigError("compare.sets: baselines is a list of some of compare.baselines")
-    choices = _grid({**section.choose, **chosen}, "choose")
+    choices = _grid({**section.choose, **chosen[0], **chosen[1]}, "choose")
     if len(choices) > 1 and not (experiment.evaluate.every and experiment.clients.valid):
         raise ConfigError("compare.choose needs validation data: set clients.valid above 0 and evaluate.every to 1 or more")
     found = {}
     for kind in ("", *(b for b in baselines if b in NOT_FOR)):
         alone = kind == "pooled" and str(changes.get("algorithm.kind", experiment.algorithm.kind)) in WITHOUT_GRADIENTS
+        if alone and changes.get("clients.newcomers", experiment.clients.newcomers):
+            raise ConfigError(
+                f"compare: algorithm {changes.get('algorithm.kind', experiment.algorithm.kind)} is pooled by one client that has everything, "
+                "also the newcomers' rows: leave out clients.newcomers, or 'pooled' in compare.baselines"
+            )
         drop = ONE_CLIENT if alone else NOT_FOR.get(kind, ())
         own = {k: v for k, v in changes.items() if not k.startswith(drop)}
         options = _unlike({k: v for k, v in c.items() if not k.startswith(drop)} for c in choices)
-        said = {k: v for k, v in own.items() if k in other or "name" not in one}
-        words = [kind, str(one.get("name", "")), titled(said)]
+        said = {
+            k: v for k, v in own.items() if k in other or (k in one and "name" not in one) or (k in task and "name" not in task)
+        }
+        whose = str(one.get("name", "")) if not kind or any(k in own for k in one) else ""  # a baseline that all sets share
+        words = [str(task.get("name", "")), kind, whose, titled(said)]
         title = ", ".join(word for word in words if word) or str(experiment.algorithm.kind)
         values = _values(experiment, own, seed, kind, alone)
-        found[kind] = Case(title, seed, values, options, {**own, "algorithm.kind": kind} if kind and not alone else own)
+        made = {**own, "algorithm.kind": kind} if kind and not alone else own
+        found[kind] = Case(title, seed, values, options, made, task=str(task.get("name", "")))
     return found
 
 

@@ -87,6 +87,9 @@ def compare(
     seed: Seed = None,
     preset: Preset = None,
     set_: Set = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="Only this set or task of [compare], by its name. Repeatable.")
+    ] = None,
     as_json: As_json = False,
 ) -> None:
     """Vary keys and seeds, run what is missing, print and write one table."""
@@ -100,7 +103,7 @@ def compare(
     chosen = _experiment(experiment, seed, changes, preset)
     folder = out or Path("runs") / f"{chosen.name}-compare"
     with watching(err, chosen.rounds, many=True) as watch:
-        rows = compare_cases(chosen, folder, watch)
+        rows = compare_cases(chosen, folder, watch, only or ())
     page = write([Path(r) for row in rows for r in row["runs"][:1]], folder / "report.html")
     if as_json:
         runs = [(row["name"], Path(run)) for row in rows for run in row["runs"]]
@@ -294,6 +297,8 @@ def _summary_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]
         "without retrieval": ("without_retrieval", "{:.4f}"),
         "clients' mean": ("clients_mean", "{:.4f}"),
         "clients' worst decile": ("clients_worst_decile", "{:.4f}"),
+        "newcomers' mean, as they come": ("newcomers_mean", "{:.4f}"),
+        "newcomers' mean, joined": ("newcomers_joined_mean", "{:.4f}"),
         "majority class": ("majority", "{:.4f}"),
         "trained numbers": ("trainable_parameters", "{:,}"),
         "bytes up, a client and round": ("bytes_up_per_client_round", "{:,.0f}"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,9 @@ from fedtailor.folder import EXPERIMENT, ROUNDS, SUMMARY, plain, stored
 from fedtailor.run import Watch, run
 
 COMPARISON = "compare.json"
+SCORES = ("global_test", "clients_mean", "clients_worst_decile", "newcomers_mean", "newcomers_joined_mean")
 MEASURES = (
-    "global_test",
-    "clients_mean",
-    "clients_worst_decile",
+    *SCORES,
     "bytes_up_per_client_round",
     "bytes_down_per_client_round",
     "bytes_total",
@@ -35,7 +34,10 @@ MEASURES = (
 
 
 def compare(
-    experiment: Experiment, out: Path, watch: Callable[[str, int], Watch] = lambda title, rounds: Watch()
+    experiment: Experiment,
+    out: Path,
+    watch: Callable[[str, int], Watch] = lambda title, rounds: Watch(),
+    only: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Run what is missing, resume what was cut, keep what is done; returns a row a case and writes compare.json and compare.md.
 
@@ -46,7 +48,7 @@ def compare(
     Raises:
         ConfigError, DataError, RunError: as `cases` and `run`; RunError also where a case diverges with all its values.
     """
-    todo = list(cases(experiment))
+    todo = list(cases(experiment, only))
     summaries: dict[str, list[dict[str, Any]]] = {}
     chosen: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
 
@@ -75,7 +77,9 @@ def compare(
             tried = {"changes": case.changes, "chosen": chosen[name][0], "tried": chosen[name][1]}
             seeds = {"values": [_each(r) for r in runs], "curves": [r["curve"] for r in runs]}
             rows.append({**row(name, runs), **_to_pooled(runs, pooled), "pooled": case.pooled, **tried, **seeds})
-        rows += [flat(name, summaries) for name in experiment.compare.baselines if name == "majority"]
+        if "majority" in experiment.compare.baselines:
+            firsts = {case.task: summaries[case.name] for case in reversed(todo) if case.name in summaries}
+            rows += [flat("majority", task, firsts[task]) for task in reversed(firsts)]
         wire.atomically(out / COMPARISON, lambda path: path.write_text(json.dumps(rows, indent=1), encoding="utf-8"))
         wire.atomically(out / "compare.md", lambda path: path.write_text(markdown(rows), encoding="utf-8"))
         return rows
@@ -141,7 +145,7 @@ def row(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _each(summary: dict[str, Any]) -> dict[str, Any]:
     """What one seed gave, for who pairs seeds."""
-    return {"seed": summary["seed"], **{m: summary[m] for m in MEASURES[:3] if summary.get(m) is not None}}
+    return {"seed": summary["seed"], **{m: summary[m] for m in SCORES if summary.get(m) is not None}}
 
 
 def _to_pooled(runs: list[dict[str, Any]], pooled: list[dict[str, Any]]) -> dict[str, Any]:
@@ -168,12 +172,12 @@ def bytes_to(share: float, points: list[dict[str, float]], metric: str) -> float
     return next((p["bytes"] for p in points if sign * p["valid"] >= (best * share if sign > 0 else best / share)), None)
 
 
-def flat(name: str, summaries: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """A baseline that needs no training: always the commonest class."""
-    first = next(iter(summaries.values()))
-    values = [r[name] for r in first if r.get(name) is not None]
+def flat(name: str, task: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """A baseline that needs no training: always the commonest class. `runs`: of any case of its task."""
+    values = [r[name] for r in runs if r.get(name) is not None]
     measured = {"global_test": interval(values)} if values else {}
-    return {"name": name, "metric": first[0]["metric"], "seeds": len(first), "runs": [], **measured}
+    title = f"{task}, {name}" if task else name
+    return {"name": title, "metric": runs[0]["metric"], "seeds": len(runs), "runs": [], **measured}
 
 
 def interval(values: list[float]) -> dict[str, float]:
@@ -202,6 +206,8 @@ def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     paired = any("to_pooled" in r for r in rows)
     scores = {f"global test ({metric})": "global_test", **({"to pooled": "to_pooled"} if paired else {})}
     scores |= {"clients' mean": "clients_mean", "worst decile": "clients_worst_decile"}
+    late = {"newcomers": "newcomers_mean", "newcomers, joined": "newcomers_joined_mean"}
+    scores |= {title: measure for title, measure in late.items() if any(measure in r for r in rows)}
     sizes = {"kB up": ("bytes_up_per_client_round", 1e3), "kB down": ("bytes_down_per_client_round", 1e3)}
     sizes |= {"MB in all": ("bytes_total", 1e6)} | (
         {"MB to 99 %": ("bytes_to_99", 1e6)} if any("bytes_to_99" in r for r in rows) else {}

@@ -10,7 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+)
 
 from fedtailor.core import Plan
 from fedtailor.errors import ConfigError, nearest
@@ -89,10 +98,22 @@ class KindSection(Section):
     technique: TechniqueSection | None = Field(None, description="the experiment's own when absent")
 
 
+def _some(value: Any) -> Any:
+    """How many, or which: what a union would refuse with a line for each of its parts."""
+    counted = type(value) is int and value >= 0
+    if not counted and not (isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)):
+        raise ValueError("should be a number of clients, or a list of their names")
+    return value
+
+
 class ClientsSection(Section):
     count: int = Field(20, ge=1)
     per_round: int | None = Field(None, ge=1, description="clients drawn each round; all when absent")
     partition: PartitionSection = PartitionSection(kind="iid")
+    newcomers: Annotated[int | list[str], BeforeValidator(_some)] = Field(
+        0, description="clients that only join after the last round: how many, drawn by the seed, or their names"
+    )
+    joining: int = Field(1, ge=1, description="rounds that newcomers take part in before they are judged once more")
     test: float = Field(0.2, ge=0, lt=1, description="fraction of a client's rows kept as its own test split")
     valid: float = Field(0.1, ge=0, lt=1, description="fraction kept for validation")
     devices: list[DeviceSection] = []
@@ -169,6 +190,7 @@ class CompareSection(Section):
     seeds: list[NonNegativeInt] = Field([], description="seeds of each case; the experiment's own when absent")
     baselines: list[Literal["pooled", "local", "zero-shot", "majority"]] = []
     sets: list[dict[str, Any]] = Field([], description="cases given one by one: tables of dotted keys")
+    tasks: list[dict[str, Any]] = Field([], description="what each case is run on: tables of dotted keys, each with a name")
     choose: dict[str, list[Any]] = Field({}, description="dotted keys and values to choose among, a case, on validation data")
 
 

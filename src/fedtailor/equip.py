@@ -40,6 +40,12 @@ class Facts(NamedTuple):
     pairs: bool  # a text is two texts
     clients: list[ClientId]  # sorted: ranks, lengths and devices are dealt in this order
     public: int = 0  # examples that everybody has
+    newcomers: list[ClientId] = []  # sorted: those that only join after the last round
+
+    @property
+    def everybody(self) -> list[ClientId]:
+        """In the order in which is dealt: who trains, then who joins."""
+        return [*self.clients, *self.newcomers]
 
 
 class Kit(NamedTuple):
@@ -64,12 +70,13 @@ class Model:
     job: Job
     site: Callable[[ClientId, int], Site]  # with the client's initial tree and device, and no data
     kits: tuple[Kit, ...]  # dealt to the clients in turn; () where all work with what the server has
+    joining: Algorithm  # the same algorithm at the rate of its first round
 
     def kit(self, client: ClientId) -> Kit:
         """What this client works with, or the server."""
-        if not self.kits or client not in self.facts.clients:
+        if not self.kits or client not in self.facts.everybody:
             return Kit(self.backbone, self.technique)
-        return self.kits[self.facts.clients.index(client) % len(self.kits)]
+        return self.kits[self.facts.everybody.index(client) % len(self.kits)]
 
     def seen_by(self, client: ClientId) -> Model:
         """The model of one kind of client, for using its own tree."""
@@ -149,6 +156,13 @@ def equip(experiment: Experiment, facts: Facts, ends: Ends | None = None) -> Mod
     factory = algorithm_named(experiment.algorithm.kind)
     options = checked(factory, "algorithm", experiment.algorithm.options, "job")
     algorithm = factory(job, **options)
+    if facts.newcomers and algorithm.consult:
+        raise ConfigError(
+            f"clients.newcomers: algorithm {experiment.algorithm.kind} answers from the rows of whoever is asked, and has nothing for "
+            "clients that join: leave clients.newcomers out"
+        )
+    steady = job._replace(plan=job.plan._replace(decay="constant"))
+    joining = algorithm if job.plan == steady.plan or not facts.newcomers else factory(steady, **options)
     if not algorithm.splits:
         for each in (Kit(backbone, technique), *kits):
             _fits_memory(experiment, each.backbone)
@@ -172,7 +186,7 @@ def equip(experiment: Experiment, facts: Facts, ends: Ends | None = None) -> Mod
     own_length = "max_length" in experiment.data.model_fields_set
     for each in (Kit(backbone, technique), *kits):
         experiment = with_room(experiment, each.backbone, positions_taken(each.technique), own_length)
-    places = {c: i for i, c in enumerate(facts.clients)}
+    places = {c: i for i, c in enumerate(facts.everybody)}
     inits = {c: trees[sizes[i % len(sizes)]] for c, i in places.items()} if sizes else {}
     inits |= {c: kits[i % len(kits)].technique.init for c, i in places.items()} if kits else {}
 
@@ -180,7 +194,7 @@ def equip(experiment: Experiment, facts: Facts, ends: Ends | None = None) -> Mod
         device, number = profiles.get(client, Device()), places.get(client, 0)
         return Site(client, {}, inits.get(client, technique.init), round, seed, device, number)
 
-    return Model(experiment, facts, backbone, technique, algorithm, found, job, site, kits)
+    return Model(experiment, facts, backbone, technique, algorithm, found, job, site, kits, joining)
 
 
 def with_room(experiment: Experiment, backbone: Backbone, taken: int, own: bool) -> Experiment:

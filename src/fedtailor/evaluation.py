@@ -43,7 +43,7 @@ def workers(model: Model, flops: Flops = no_flops, looks: Flops = no_flops) -> W
     if not model.kits:
         return server
     pools = [Workers(kit.technique.bind, count, device, kit.flops, group, kit.looks) for kit in model.kits]
-    return Crew(server, {client: pools[i % len(pools)] for i, client in enumerate(model.facts.clients)})
+    return Crew(server, {client: pools[i % len(pools)] for i, client in enumerate(model.facts.everybody)})
 
 
 def broadcast_of(model: Model, state: Tree, client: ClientId) -> Tree:

@@ -16,6 +16,11 @@ from typing import Any
 import tomli_w
 import torch
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
 from fedtailor import wire
 from fedtailor.backbone import EMBEDDED as MODELS
 from fedtailor.config import DataSection, Experiment, load, parse
@@ -202,10 +207,11 @@ def writing(out: Path | None = None) -> Iterator[None]:
     Without `out` only the temporary folder is written to, and there is nothing to resume.
 
     Raises:
-        RunError: in place of an OSError, or of a library's own exception that tells of one.
+        RunError: in place of an OSError, or of a library's own exception that tells of one; another process writes to `out`.
     """
     try:
-        yield
+        with _alone(out) if out else contextlib.nullcontext():
+            yield
     except FedtailorError:
         raise
     except Exception as error:
@@ -260,3 +266,20 @@ def reopen(out: Path) -> tuple[Model, Tree, States]:
     if not path.is_file():  # a folder of an earlier version: the data still says it
         return build(experiment), state, states
     return equip(experiment, _facts(path)), state, states
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Nobody else writes to the folder meanwhile; who is killed holds it no longer."""
+    if not fcntl:
+        yield
+        return
+    handle = os.open(out, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(f"another process writes to '{out}': wait until it ends, or name another --out") from error
+        yield
+    finally:
+        os.close(handle)

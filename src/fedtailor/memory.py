@@ -1,17 +1,24 @@
-"""What a run takes from the system's memory: its peak, and that it keeps what it will need again."""
+"""What a run takes from the system's memory: its peak, that it keeps what it will need again, and what lies on disk instead."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
+import mmap
+import os
 import re
 import resource
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 TRIM, MMAP = -1, -3  # glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
+BLOCK = 1 << 20
 
 
 def keep() -> None:
@@ -39,6 +46,30 @@ def trim() -> None:
     """Give back what is free between blocks that are not: what carried large messages leaves. Only where the C library is glibc."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def zeros(shape: Sequence[int], dtype: torch.dtype, on_disk: bool = False) -> Tensor:
+    """Zeros; `on_disk`, in a temporary file that is gone with them: pages of it that are in memory are the system's to take back.
+
+    Raises:
+        OSError: the temporary folder has no room.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if not on_disk or not size:
+        return torch.zeros(tuple(shape), dtype=dtype)
+    with tempfile.TemporaryFile(prefix="fedtailor-") as file:
+        try:
+            # A mapped file without its blocks ends the process where the disk is full, and not the call.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                for start in range(0, size, BLOCK):
+                    file.write(bytes(min(BLOCK, size - start)))
+                file.flush()
+        except OSError as error:
+            error.filename = tempfile.gettempdir()
+            raise
+        return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=dtype).view(tuple(shape))
 
 
 def forget_peak() -> None:

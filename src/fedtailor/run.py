@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fedtailor import memory, wire
+from fedtailor import memory, newcomers, wire
 from fedtailor.config import Experiment
 from fedtailor.core import SERVER, ClientId, Tree, stream
 from fedtailor.engines.engine import Engine
@@ -114,7 +114,7 @@ def conduct(
                 "lower train.lr, set train.clip, or lower the dropout of clients.devices"
             )
         watch.stage("evaluating on the test sets")
-        summary: dict[str, Any] = defined(_finish(world, engine, state, states, ledger, elapsed, out))
+        summary: dict[str, Any] = defined(_finish(world, engine, state, states, ledger, elapsed, out, watch))
         end(state, states)
         engine.finish()
         summary["seconds_total"] = earlier + time.perf_counter() - started
@@ -153,15 +153,20 @@ def _mean_loss(lines: dict[ClientId, dict[str, float]]) -> float | None:
 
 
 def _finish(
-    world: World, engine: Engine, state: Tree, states: States, ledger: Ledger, elapsed: float, out: Path
+    world: World, engine: Engine, state: Tree, states: States, ledger: Ledger, elapsed: float, out: Path, watch: Watch
 ) -> dict[str, Any]:
     experiment, algorithm = world.experiment, world.algorithm
     scores = evaluate(world, engine, state, experiment.rounds)
+    late: dict[ClientId, dict[str, float]] = {}
+    if world.facts.newcomers:
+        watch.stage("judging newcomers")
+        with newcomers.beside(world, watch.notice) as other:
+            late = newcomers.judged(world, other, state)
     world.technique.save(algorithm.model(state), out / "adapter")
     if algorithm.personal and engine.own_states_here:
         save_personal(world, states, state, out / "adapter" / "personal")
     own, wide = scores.pop("clients"), scores.pop("clients_on_global")
-    _write_clients(world, ledger, own, wide, out / CLIENTS)
+    _write_clients(world, ledger, own, wide, late, out / CLIENTS)
     flops, examples = ledger.total("flops"), ledger.total("examples")
     pooled = experiment.algorithm.kind in BASELINES
     lengths = next((store.lengths for store in (world.store, world.test) if store.rows), [experiment.data.max_length])
@@ -172,6 +177,7 @@ def _finish(
         "technique": experiment.technique.kind,
         "seed": experiment.seed,
         **scores,
+        **_of_newcomers(late),
         "bytes_up_per_client_round": 0 if pooled else ledger.per_client_round("bytes_up", "replies"),
         "bytes_down_per_client_round": 0 if pooled else ledger.per_client_round("bytes_down", "letters"),
         "bytes_total": int(ledger.total("bytes_up") + ledger.total("bytes_down")),
@@ -212,8 +218,25 @@ def save_personal(world: World, states: States, state: Tree, folder: Path) -> No
         world.kit(client).technique.save(tree, folder / client)
 
 
-def _write_clients(world: World, ledger: Ledger, own: dict[str, float], wide: dict[str, float], path: Path) -> None:
+def _of_newcomers(late: dict[ClientId, dict[str, float]]) -> dict[str, Any]:
+    """Means over newcomers as they come and after they have joined, and each one's own."""
+    if not late:
+        return {}
+    come, joined = (float(np.mean([line[name] for line in late.values()])) for name in ("metric", "joined"))
+    return {"newcomers_mean": come, "newcomers_joined_mean": joined, "newcomers": late}
+
+
+def _write_clients(
+    world: World,
+    ledger: Ledger,
+    own: dict[str, float],
+    wide: dict[str, float],
+    late: dict[ClientId, dict[str, float]],
+    path: Path,
+) -> None:
+    """A line a client; then, where there are any, one a newcomer, whose metrics have columns of their own."""
     columns = ["client", "device", "train", "valid", "test", "metric", "metric_global", *COLUMNS]
+    columns += ["metric_newcomer", "metric_joined"] if world.newcomers else []
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
@@ -224,6 +247,10 @@ def _write_clients(world: World, ledger: Ledger, own: dict[str, float], wide: di
             writer.writerow(
                 [client, device, *sizes, own.get(client, ""), wide.get(client, ""), *(line.get(c, 0) for c in COLUMNS)]
             )
+        for client, rows in sorted(world.newcomers.items()):
+            sizes, scores = [len(rows.train), len(rows.valid), len(rows.test)], late.get(client, {})
+            values = [scores.get("metric", ""), scores.get("joined", "")]
+            writer.writerow([client, "newcomer", *sizes, "", "", *(0 for _ in COLUMNS), *values])
 
 
 __all__ = ["Watch", "conduct", "draw", "run", "save_personal"]

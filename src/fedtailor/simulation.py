@@ -19,7 +19,7 @@ from fedtailor.data.sources import Source, owned
 from fedtailor.ends import Ends
 from fedtailor.engines.training import Flops, no_flops
 from fedtailor.equip import Facts, Kit, Model, equip
-from fedtailor.errors import ConfigError, DataError
+from fedtailor.errors import ConfigError, DataError, nearest
 from fedtailor.ledger import count_flops
 from fedtailor.losses import language
 from fedtailor.trees import numel, tree_map
@@ -42,6 +42,7 @@ class World(Model):
     """What a run works with. Sites are made when asked for: an idle client costs nothing."""
 
     clients: dict[ClientId, Split]
+    newcomers: dict[ClientId, Split]
     counts: np.ndarray  # (clients, classes) training rows, for the picture; (clients, 1) without classes
     store: Store
     test: Store
@@ -85,12 +86,55 @@ def build(experiment: Experiment) -> World:
     clients = {safe(c): _split(c, rows, experiment, seed) for c, rows in parts.items()}
     if len(clients) != len(parts):
         raise DataError("client names differ only in characters that a file name cannot hold: rename them")
+    late = joining_later(sorted(clients), experiment)
+    newcomers, clients = {c: clients[c] for c in late}, {c: rows for c, rows in clients.items() if c not in late}
     pairs, public = "pair" in source.train.column_names, len(source.public) if source.public else 0
-    return furnish(experiment, source, clients, Facts(source.kind, source.labels, pairs, sorted(clients), public))
+    facts = Facts(source.kind, source.labels, pairs, sorted(clients), public, late)
+    return furnish(experiment, source, clients, facts, newcomers=newcomers)
+
+
+def joining_later(clients: list[ClientId], experiment: Experiment) -> list[ClientId]:
+    """Those of these clients that take no part in the training, sorted.
+
+    Raises:
+        ConfigError: no such client, nobody would be left to train, or they would have no rows to be judged on.
+    """
+    asked = experiment.clients.newcomers
+    if not asked:
+        return []
+    if not experiment.clients.test:
+        raise ConfigError("clients.newcomers are judged on their own test rows: set clients.test above 0")
+    if isinstance(asked, list):
+        found = sorted({safe(name) for name in asked})
+        for name in found:
+            if name not in clients:
+                raise ConfigError(f"clients.newcomers: there is no client '{name}': {nearest(name, clients)}")
+    else:
+        order = torch.randperm(len(clients), generator=stream(experiment.seed, "newcomers")).tolist()
+        found = sorted(clients[i] for i in order[:asked])
+    if len(found) == len(clients) or (isinstance(asked, int) and asked > len(clients)):
+        raise ConfigError(f"clients.newcomers leaves none of {len(clients)} clients to train: name {len(clients) - 1} or fewer")
+    return found
+
+
+def federates(experiment: Experiment) -> None:
+    """Raises:
+    ConfigError: the experiment is for a simulation alone.
+    """
+    kind = experiment.algorithm.kind
+    if kind in BASELINES:
+        raise ConfigError(f"algorithm.kind '{kind}' trains where all data is in one place: use run")
+    if experiment.clients.newcomers:
+        raise ConfigError("clients.newcomers are judged in a simulation only: use run, or leave it out")
 
 
 def furnish(
-    experiment: Experiment, source: Source, clients: dict[ClientId, Split], facts: Facts, ends: Ends | None = None
+    experiment: Experiment,
+    source: Source,
+    clients: dict[ClientId, Split],
+    facts: Facts,
+    ends: Ends | None = None,
+    newcomers: dict[ClientId, Split] = {},  # noqa: B006 (never written to)
 ) -> World:
     """The world of these facts with the data that is here: of all clients in a simulation, of one or of none in a federation. With
     `ends` only these of the model are here.
@@ -119,7 +163,7 @@ def furnish(
     store, test = stores[0].train, stores[0].test
     labels = np.asarray(source.train["label"]) if source.labels and len(source.train) else np.zeros(len(source.train), dtype=int)
     counts = describe({c: s.train for c, s in clients.items()}, labels)
-    sites, valid_sites = _sites(model, clients, stores)
+    sites, valid_sites = _sites(model, clients, newcomers, stores)
     ragged = source.kind != "image"
     # Parts are counted by themselves (part_costs.py).
     flops, looks = (no_flops, no_flops) if ends else _counted(model, Kit(model.backbone, model.technique), ragged)
@@ -128,6 +172,7 @@ def furnish(
     return World(
         **{**vars(model), "kits": kits},
         clients=clients,
+        newcomers=newcomers,
         counts=counts,
         store=store,
         test=test,
@@ -192,7 +237,7 @@ class Stores(NamedTuple):
 
 
 def _sites(
-    model: Model, clients: dict[ClientId, Split], stores: Sequence[Stores]
+    model: Model, clients: dict[ClientId, Split], newcomers: dict[ClientId, Split], stores: Sequence[Stores]
 ) -> tuple[Callable[[ClientId, int], Site], Callable[[ClientId, int], Site]]:
     """The model's sites with their data, and the same for validation. Stores: the server's, then one a kit."""
     experiment = model.experiment
@@ -202,7 +247,8 @@ def _sites(
     valid = _sample(valid, experiment.evaluate.valid_limit, seed_of(experiment.seed, "valid"))
     test_rows = np.arange(stores[0].test.rows)
     glance = _sample(test_rows, experiment.evaluate.sample, seed_of(experiment.seed, "sample"))
-    places = {c: i for i, c in enumerate(model.facts.clients)}
+    places = {c: i for i, c in enumerate(model.facts.everybody)}
+    held = {**clients, **newcomers}  # what is pooled above is of `clients` alone
 
     def of(client: ClientId) -> Stores:
         return stores[1 + places[client] % len(model.kits)] if model.kits and client != SERVER else stores[0]
@@ -212,7 +258,7 @@ def _sites(
         if client == SERVER:
             data = {"train": Subset(store, everything), "valid": Subset(store, valid), "test": Subset(test, test_rows)}
         else:
-            rows = clients[client]
+            rows = held[client]
             data = {"train": Subset(store, rows.train), "valid": Subset(store, rows.valid), "test": Subset(store, rows.test)}
             if model.algorithm.personal:
                 data["global"] = Subset(test, glance)
@@ -223,7 +269,7 @@ def _sites(
     def valid_sites(client: ClientId, round: int) -> Site:
         """The same sites, their validation rows in the place of the test rows."""
         site = sites(client, round)
-        rows, store = valid if client == SERVER else clients[client].valid, of(client).train
+        rows, store = valid if client == SERVER else held[client].valid, of(client).train
         return site._replace(data={"train": site.data["train"], "test": Subset(store, rows)})
 
     return sites, valid_sites

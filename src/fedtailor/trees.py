@@ -102,14 +102,16 @@ def weighted_mean(trees: Sequence[Mapping[str, Any]], weights: Sequence[float]) 
 def cut(tree: Tree, like: Tree) -> Tree:
     """The first entries of each tensor along each axis, as many as `like` has under that name; the rest as it is.
 
-    A client of a smaller rank or prefix length gets its part of the server's tree so.
+    A client of a smaller rank or prefix length gets its part of the server's tree so. Where there is nothing to cut it is the tree itself:
+    what everybody was sent stays one object, and is stacked as one.
     """
-    return {
+    out = {
         name: t[tuple(slice(0, size) for size in like[name].shape)].contiguous()
         if isinstance(t, Tensor) and name in like and like[name].shape != t.shape
         else t
         for name, t in tree.items()
     }
+    return tree if all(t is tree[name] for name, t in out.items()) else out
 
 
 def overlapping_mean(trees: Sequence[Mapping[str, Any]], weights: Sequence[float], like: Tree) -> Tree:

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import math
+import mmap
 import os
 import re
 import tempfile
@@ -75,7 +76,7 @@ def encode(message: Message) -> bytes:
     return blob
 
 
-def decode(blob: bytes | bytearray | memoryview, max_bytes: int = MAX_BYTES) -> Message:
+def decode(blob: bytes | bytearray | memoryview | mmap.mmap, max_bytes: int = MAX_BYTES) -> Message:
     """The message in `blob`. Its tensors share the blob's memory and must not be written to.
 
     Raises:
@@ -84,7 +85,7 @@ def decode(blob: bytes | bytearray | memoryview, max_bytes: int = MAX_BYTES) -> 
     if len(blob) > max_bytes:
         raise WireError(f"message of {len(blob)} bytes refused: the limit is {max_bytes}")
     message, entries, start = _head(bytes(blob[:8]), lambda n: bytes(blob[8 : 8 + n]), len(blob))
-    memory = blob if isinstance(blob, bytearray) else bytearray(blob)  # torch takes no read-only buffer
+    memory = blob if isinstance(blob, bytearray | mmap.mmap) else bytearray(blob)  # torch takes no read-only buffer
 
     def tensor(path: str) -> Tensor:
         dtype, shape, begin, end = entries[path]
@@ -128,8 +129,9 @@ def saving(path: Path) -> Iterator[None]:
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
-def read(path: Path, lazy: bool = False, max_bytes: int = MAX_BYTES) -> Message:
-    """The message in a file. With `lazy`, each tensor is read when it is asked for and belongs to the caller.
+def read(path: Path, lazy: bool = False, max_bytes: int = MAX_BYTES, mapped: bool = False) -> Message:
+    """The message in a file. With `lazy`, each tensor is read when it is asked for and belongs to the caller; with `mapped`, its tensors
+    are the file's own pages, which the system may take back, also when the file's name is gone.
 
     Raises:
         WireError: the file is missing, truncated or malformed.
@@ -138,6 +140,9 @@ def read(path: Path, lazy: bool = False, max_bytes: int = MAX_BYTES) -> Message:
         size = path.stat().st_size
         if size > max_bytes:
             raise WireError(f"{path}: {size} bytes, the limit is {max_bytes}")
+        if mapped and size:
+            with path.open("rb") as file:
+                return decode(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), max_bytes)
         if not lazy:
             return decode(bytearray(path.read_bytes()), max_bytes)
         with path.open("rb") as file:

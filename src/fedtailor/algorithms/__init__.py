@@ -19,6 +19,7 @@ from fedtailor.algorithms.fedbuff import asynchronous
 from fedtailor.algorithms.fedex import fedex
 from fedtailor.algorithms.fedfomo import fedfomo
 from fedtailor.algorithms.fedlc import fedlc
+from fedtailor.algorithms.fedmosaic import fedmosaic
 from fedtailor.algorithms.fedper import fedper
 from fedtailor.algorithms.fedppa import fedppa
 from fedtailor.algorithms.fedprox import fedprox
@@ -29,6 +30,7 @@ from fedtailor.algorithms.flora import flora
 from fedtailor.algorithms.fml import fml
 from fedtailor.algorithms.hetlora import hetlora
 from fedtailor.algorithms.lora_averaging import fedit, fedsa, ffa
+from fedtailor.algorithms.pac_pfl import pac_pfl
 from fedtailor.algorithms.pfedpg import pfedpg
 from fedtailor.algorithms.pfedpt import pfedpt
 from fedtailor.algorithms.pfsl import pfsl
@@ -60,6 +62,7 @@ ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
     "fedfomo": fedfomo,
     "fedit": fedit,
     "fedlc": fedlc,
+    "fedmosaic": fedmosaic,
     "fedper": fedper,
     "fedppa": fedppa,
     "fedprox": fedprox,
@@ -73,6 +76,7 @@ ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
     "fml": fml,
     "hetlora": hetlora,
     "local": local,
+    "pac_pfl": pac_pfl,
     "pfedpg": pfedpg,
     "pfedpt": pfedpt,
     "pfsl": pfsl,

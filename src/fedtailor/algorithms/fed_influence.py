@@ -21,12 +21,15 @@ test rows, as in the paper, which a choice by it uses up; `on = "valid"` takes e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 
 from fedtailor.algorithms.cards import card
 from fedtailor.algorithms.checks import checks, difference, spoken
@@ -54,12 +57,15 @@ from fedtailor.core import (
     Tree,
 )
 from fedtailor.errors import ConfigError, first_line, one_of
+from fedtailor.memory import zeros
 from fedtailor.metrics import mean_loss
-from fedtailor.trees import numel, subtract
+from fedtailor.trees import nbytes, numel, subtract
 
 RULES: Mapping[str, Callable[..., Algorithm]] = {"fedavg": fedavg, "fedit": fedit, "fedlc": fedlc, "fedprox": fedprox}
 """Rules whose new tree is the old one and the weighted mean of the clients' differences."""
 BACK = 3  # forward passes that a gradient takes
+AT_ONCE, COPIES = 256_000_000, 5  # bytes of shifts in float64 that are followed at once, and how many of them there are meanwhile
+FILES = 2  # a round's shifts lie beside those of the last one
 GROWN = 1 + 1e-6  # a tensor that nothing moved is as long as before, but for rounding
 
 
@@ -98,12 +104,18 @@ def fed_influence(
     weigh = weights_by(options.get("weighting", "examples"))
     mu = float(options.get("mu", (fedprox.__kwdefaults__ or {})["mu"])) if rule == "fedprox" else 0.0
 
+    def kept(params: Tree) -> int:
+        return job.clients * nbytes(params)
+
+    def on_disk(params: Tree) -> bool:
+        return kept(params) > room * 1e9
+
     def init(params: Tree) -> State:
-        needed = job.clients * numel(params) * 4 / 1e9
-        if needed > room:
+        if on_disk(params) and (free := shutil.disk_usage(tempfile.gettempdir()).free) < FILES * kept(params):
             raise ConfigError(
-                f"algorithm fed_influence keeps a tree a client: {job.clients} clients x {numel(params):,} numbers are {needed:.1f} GB; "
-                "choose a smaller technique (head, a lower rank), or raise algorithm.room"
+                f"algorithm fed_influence keeps a tree a client: {job.clients} clients x {numel(params):,} numbers, "
+                f"{kept(params) / 1e9:.1f} GB {FILES} times in the temporary folder, which has {free / 1e9:.1f} GB: choose a smaller "
+                "technique (head, a lower rank), name another folder in TMPDIR, or raise algorithm.room, the GB that it may take in memory"
             )
         inner = watched.init(params)
         # Zero clients' worth of tensors: they grow as clients are heard.
@@ -166,7 +178,7 @@ def fed_influence(
             return {**state, "turn": turn}
         weights = [weigh(r) for r in heard.values()]
         delta = subtract(new["params"], state["params"])
-        seen = followed(state["influence"], delta, heard, weights, mu, truncate)
+        seen = followed(state["influence"], delta, heard, weights, mu, truncate, on_disk(delta))
         results, left_out = state["weighed"], state["left_out"]
         if turn in (plan.rounds, cleanse_at - 1) or (every and turn % every == 0):
             known: list[ClientId] = seen["clients"]
@@ -184,8 +196,8 @@ def fed_influence(
 
     def tells(state: State) -> Tree:
         seen, fresh = state["influence"], state["weighed"]
-        lengths = sum((t.double().flatten(1).square().sum(1) for t in seen["eps"].values()), torch.zeros(len(seen["clients"])))
-        lines = {c: {"fip": fip} for c, fip in zip(seen["clients"], lengths.sqrt().tolist(), strict=True)}
+        fips = lengths(seen["eps"], len(seen["clients"]))
+        lines = {c: {"fip": fip} for c, fip in zip(seen["clients"], fips, strict=True)}
         if fresh["turn"] == state["turn"]:
             for c, fil in fresh["fil"].items():
                 lines[c] |= {"fil": fil, "fia": fresh["fia"][c]}
@@ -215,55 +227,85 @@ def fed_influence(
 
 def gradients(loss: Loss, forward: Forward, params: Tree, batch: Batch) -> Tree:
     """Each row's own gradient, (rows, *shape) a tensor; `params` holds the tree and what the loss reads beside it."""
-    count, found = len(next(iter(batch.values()))), []
-    tree = {name: t.detach().requires_grad_(t.is_floating_point()) for name, t in params["params"].items()}
-    trained = {name: t for name, t in tree.items() if t.requires_grad}
-    for i in range(count):
-        with torch.enable_grad():  # a Predict runs without
-            value = loss(forward, tree, {name: t[i : i + 1] for name, t in batch.items()}, params["aux"])
-        slopes = torch.autograd.grad(value, list(trained.values()), allow_unused=True)
-        found.append([torch.zeros_like(t) if g is None else g for g, t in zip(slopes, trained.values(), strict=True)])
-    return {name: torch.stack([row[i] for row in found]) for i, name in enumerate(trained)}
+    count, tree = len(next(iter(batch.values()))), params["params"]
+    moving = [name for name, t in tree.items() if t.is_floating_point()]
+
+    def of_row(own: Tree, row: Tree) -> Tensor:
+        return loss(forward, own, {name: t[None] for name, t in row.items()}, params["aux"])
+
+    with torch.enable_grad():  # a Predict runs without
+        # A tree a row: what a row does to its own is its gradient.
+        trees = {n: t.detach().expand(count, *t.shape).clone().requires_grad_(n in moving) for n, t in tree.items()}
+        try:
+            value = vmap(of_row, randomness="different")(trees, dict(batch)).sum()
+        except RuntimeError as error:  # what cannot be stacked in training either
+            if not any(word in str(error) for word in ("vmap", "functorch")):
+                raise
+            each = ({n: t[i] for n, t in trees.items()} for i in range(count))
+            value = torch.stack([of_row(own, {n: t[i] for n, t in batch.items()}) for i, own in enumerate(each)]).sum()
+    slopes = torch.autograd.grad(value, [trees[name] for name in moving], allow_unused=True)
+    return {name: torch.zeros_like(trees[name]) if g is None else g for name, g in zip(moving, slopes, strict=True)}
 
 
 def followed(
-    seen: State, delta: Tree, replies: Mapping[ClientId, Message], weights: Sequence[float], mu: float, truncate: bool
+    seen: State,
+    delta: Tree,
+    replies: Mapping[ClientId, Message],
+    weights: Sequence[float],
+    mu: float,
+    truncate: bool,
+    on_disk: bool = False,
+    room: int = AT_ONCE,
 ) -> State:
     """eps of all clients ever heard, after a round in which the tree moved by `delta`; tensor by tensor where each is followed alone.
 
-    `eps` holds (clients, *shape) a tensor, `cut` whether the sequential part of a client's tensor was dropped.
+    `eps` holds (clients, *shape) a tensor, `cut` whether the sequential part of a client's tensor was dropped. In memory at once are about
+    `room` bytes of shifts in float64, and one client's gradients of what is followed together.
     """
     clients, here = sorted({*seen["clients"], *replies}), list(replies)
     shares = _shares(clients, dict(zip(here, weights, strict=True)))
     took_part = torch.tensor([c in replies for c in clients])
     alone = took_part & (shares.sum(1) == 0)
-    old = {name: _placed(t, seen["clients"], clients).double().flatten(1) for name, t in seen["eps"].items()}
+    places = {c: i for i, c in enumerate(seen["clients"])}
     cut = {name: _placed(t, seen["clients"], clients).bool() for name, t in seen["cut"].items()}
     names = sorted(delta)
+    eps = {name: zeros((len(clients), *delta[name].shape), seen["eps"][name].dtype, on_disk) for name in names}
     for block in [[name] for name in names] if truncate else [names]:
-        before = torch.cat([old[name] for name in block], dim=1)
-        after = torch.zeros_like(before)
-        without = torch.zeros_like(before)  # what the tree would have moved by
-        for k, reply in enumerate(replies.values()):
-            slopes, rate = reply.body["gradients"], float(reply.info["lr"])
-            g = [slopes[name].double().flatten(2) for name in block if name in slopes]
-            through = _through(before, torch.cat(g, dim=2), rate, mu) if g else before
-            after += shares[:, k, None] * through
-            without += shares[:, k, None] * torch.cat([reply.body["update"][name].double().flatten() for name in block])
-        after[alone] = before[alone]
+        sizes = [delta[name].numel() for name in block]
         move = torch.cat([delta[name].double().flatten() for name in block])
-        comb = torch.where(took_part[:, None], without - move, 0.0)
-        if truncate:
-            (name,) = block
-            cut[name] = cut[name] | ~(after.norm(dim=1) <= GROWN * before.norm(dim=1))  # also what is no number
-            after[cut[name]] = 0.0
-        for name, t in zip(block, (after + comb).split([delta[name].numel() for name in block], dim=1), strict=True):
-            old[name] = t
-    return {
-        "clients": clients,
-        "eps": {name: t.view(-1, *delta[name].shape).to(seen["eps"][name].dtype) for name, t in old.items()},
-        "cut": {name: t.to(torch.uint8) for name, t in cut.items()},
-    }
+        for part in _parts(len(clients), max(1, room // (8 * COPIES * max(len(move), 1)))):
+            before = torch.stack([_row(seen["eps"], block, places.get(c), move) for c in clients[part]])
+            after = torch.zeros_like(before)
+            without = torch.zeros_like(before)  # what the tree would have moved by
+            for k, reply in enumerate(replies.values()):
+                slopes, rate = reply.body["gradients"], float(reply.info["lr"])
+                g = [slopes[name].double().flatten(2) for name in block if name in slopes]
+                through = _through(before, torch.cat(g, dim=2), rate, mu) if g else before
+                after += shares[part, k, None] * through
+                without += shares[part, k, None] * torch.cat([reply.body["update"][name].double().flatten() for name in block])
+            after[alone[part]] = before[alone[part]]
+            comb = torch.where(took_part[part, None], without - move, 0.0)
+            if truncate:
+                (name,) = block
+                cut[name][part] |= ~(after.norm(dim=1) <= GROWN * before.norm(dim=1))  # also what is no number
+                after[cut[name][part]] = 0.0
+            for name, t in zip(block, (after + comb).split(sizes, dim=1), strict=True):
+                eps[name][part] = t.view(-1, *delta[name].shape).to(eps[name].dtype)
+    return {"clients": clients, "eps": eps, "cut": {name: t.to(torch.uint8) for name, t in cut.items()}}
+
+
+def _parts(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _row(eps: Tree, block: Sequence[str], place: int | None, move: Tensor) -> Tensor:
+    """A client's shift of these tensors as one row in float64; zeros where it has none yet."""
+    return torch.zeros_like(move) if place is None else torch.cat([eps[name][place].double().flatten() for name in block])
+
+
+def lengths(eps: Tree, clients: int) -> list[float]:
+    """||eps_c|| of each client, a tensor of a client's at a time."""
+    return [sum(float(t[i].double().square().sum()) for t in eps.values()) ** 0.5 for i in range(clients)]
 
 
 def _shares(clients: Sequence[ClientId], weights: Mapping[ClientId, float]) -> Tensor:

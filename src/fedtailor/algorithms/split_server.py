@@ -108,7 +108,7 @@ def opened(on: Ground, state: State, cohort: list[ClientId], ends: Mapping[Clien
     desk.free = on.rules.room - nbytes(desk.bases)
     desk.letters = {c: Message(m["verb"], m["body"], m["info"]) for c, m in state["post"].items()}
     # A client makes as many passes as rounds in which it is drawn; where all always are, it need not wait for them.
-    everybody = on.rules.ahead and len(cohort) == on.job.clients
+    everybody = on.rules.ahead and len(cohort) == on.job.clients and number <= on.job.plan.rounds  # after them others join
     for client in drawn:
         desk.last[client] = max(on.job.plan.rounds, number) if everybody else drawn[client] if on.rules.ahead else number
     for client in cohort:

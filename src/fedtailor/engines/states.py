@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from fedtailor import wire
 from fedtailor.core import ClientId, Message, Tree
 from fedtailor.errors import RunError
+from fedtailor.trees import nbytes
 
 MANIFEST = "checkpoint.json"
+LARGE = 256_000_000
+"""Bytes above which a server's state is not copied into memory to be read or hashed."""
 
 
 class States:
@@ -87,18 +91,30 @@ class States:
         self.elsewhere = manifest.get("elsewhere", {})
         self._named = {manifest["server"], manifest["engine"], *self.own.values()}
         self._sweep(self._named)
-        server, engine = self._read(manifest["server"]).body, self._read(manifest["engine"]).body
+        server, engine = self._read(manifest["server"], mapped=True).body, self._read(manifest["engine"]).body
         for name in self.own.values():
             self._verify(name)
         return manifest["round"], server, engine, manifest["ledger"]
 
     def hash(self, server: Tree) -> str:
         """sha256 over the server state and every client's own state: equal runs have equal ones."""
-        digest = hashlib.sha256(wire.encode(Message("state", server)))
+        digest = self._hashed(Message("state", server))
         own = {client: self.digests[name] for client, name in self.own.items()} | self.elsewhere
         for client in sorted(own):
             digest.update(client.encode() + bytes.fromhex(own[client]))
         return digest.hexdigest()
+
+    def _hashed(self, message: Message) -> Any:
+        """sha256 of a message's bytes, of large ones through a file: in memory they would be a second copy."""
+        if nbytes(message.body) <= LARGE:
+            return hashlib.sha256(wire.encode(message))
+        path = self.folder / ".writing-to-hash"
+        try:
+            wire.write(message, path)
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256")
+        finally:
+            path.unlink(missing_ok=True)
 
     def _write(self, stem: str, tree: Tree) -> str:
         self._count += 1
@@ -110,9 +126,11 @@ class States:
         self.digests[name] = wire.sha256_of(self.folder / name)
         return name
 
-    def _read(self, name: str) -> Message:
+    def _read(self, name: str, mapped: bool = False) -> Message:
+        """A file of the checkpoint; with `mapped` a large one is not copied into memory."""
         self._verify(name)
-        return wire.read(self.folder / name)
+        path = self.folder / name
+        return wire.read(path, max_bytes=sys.maxsize, mapped=mapped and path.stat().st_size > LARGE)  # its own, not a stranger's
 
     def _verify(self, name: str) -> None:
         path = self.folder / name

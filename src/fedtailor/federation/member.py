@@ -137,7 +137,8 @@ class Member:
             body = wire.decode(blob, self.limits.memory).body
             told = json.loads(body["values"])
             facts, values = Facts(**told["facts"]), told["experiment"]
-            if not all(isinstance(x, list) and all(isinstance(one, str) for one in x) for x in (facts.clients, facts.labels)):
+            lists = (facts.clients, facts.newcomers, facts.labels)
+            if not all(isinstance(x, list) and all(isinstance(one, str) for one in x) for x in lists):
                 raise TypeError("its members and labels are lists of names")
             experiment = parse(values, where="the server's experiment")
         except (ValueError, KeyError, TypeError, AttributeError) as error:

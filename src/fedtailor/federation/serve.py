@@ -27,7 +27,7 @@ from fedtailor.filters import chain
 from fedtailor.folder import FACTS, check_folder, facts_of, make_folder, record, writing, written
 from fedtailor.ledger import Ledger
 from fedtailor.run import Watch, conduct
-from fedtailor.simulation import BASELINES, OWN, Split, World, build, of_server, rows_of
+from fedtailor.simulation import OWN, Split, World, build, federates, of_server, rows_of
 
 
 def serve(
@@ -44,8 +44,7 @@ def serve(
     Raises:
         ConfigError, DataError, RunError: as `run`; RunError also where the address cannot be listened on.
     """
-    if experiment.algorithm.kind in BASELINES:
-        raise ConfigError(f"algorithm.kind '{experiment.algorithm.kind}' trains where all data is in one place: use run")
+    federates(experiment)
     if experiment.data.name == OWN:
         _check_own(experiment)
     check_folder(experiment, out, resume)

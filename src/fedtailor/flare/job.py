@@ -18,7 +18,7 @@ import tomli_w
 from fedtailor.config import Experiment, parse
 from fedtailor.errors import ConfigError, RunError, first_line
 from fedtailor.folder import written
-from fedtailor.simulation import BASELINES, OWN
+from fedtailor.simulation import OWN, federates
 
 SYNC = 300
 """Seconds in which every site must have loaded our class."""
@@ -83,13 +83,12 @@ def admissible(experiment: Experiment) -> Experiment:
     """The experiment, if a job may carry it.
 
     Raises:
-        ConfigError: its algorithm is a file, which would be code, or trains where all data is in one place.
+        ConfigError: its algorithm is a file, which would be code, or as `federates`.
     """
     kind = experiment.algorithm.kind
     if ":" in kind:
         raise ConfigError(f"algorithm.kind '{kind}' is code: a job carries none; install it at the server and the sites")
-    if kind in BASELINES:
-        raise ConfigError(f"algorithm.kind '{kind}' trains where all data is in one place: use run")
+    federates(experiment)
     return experiment
 
 

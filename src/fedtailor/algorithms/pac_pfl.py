@@ -1,0 +1,264 @@
+"""PAC-PFL: Personalized Federated Learning of Probabilistic Models: A PAC-Bayesian Approach (Boroujeni et al., arXiv 2401.08351).
+
+The server learns a distribution over *priors*, as K particles; a client predicts with a mixture of what they become on its own data:
+    client i:  m_i rows; sends  g_ik = grad mll_i(theta_k)  and mll_i(theta_k) for each particle, and m_i
+    server:    grad log Q(theta_k) = lam grad log hyperprior(theta_k) + h / (h + |T|) sum_{i in T} g_ik,   h the harmonic mean of the m_i
+               phi(theta_k) = (1/K) sum_l [kappa(theta_l, theta_k) grad log Q(theta_l) + grad_{theta_l} kappa(theta_l, theta_k)]   (SVGD)
+               an Adam step up phi;   kappa(a, b) = exp(-||a - b||^2 / (2 w^2)),   w^2 = median ||a - b||^2 / (2 ln(K + 1)), or a `bandwidth`
+    predict:   p(y | x) = sum_k W_k p(y | x, theta_k, data of i),   W_k in proportion to exp(m_i mll_i(theta_k)); no training
+The server's side and the weights are as in the authors' code. Their priors are Gaussian processes, whose mll has a closed form. **Our
+reading** for a tree h of d numbers (PACOH's device; whether the paper's own experiments with networks do this is not known):
+    theta = (mean, log std) of a Gaussian prior over h;  h_j = mean + exp(log std) z_j, j = 1..J, z_j from the client's own stream
+    mll_i(theta) = (1/beta) ln (1/J) sum_j exp(-beta L_i(h_j)),  L_i the mean loss; `beta` = 0 takes m_i: (1/m_i) ln p(y | X, theta), as theirs
+    p(y | x, theta_k, data) = sum_j w_kj p(y | x, h_kj),  w_kj in proportion to exp(-beta L_i(h_kj)): the prior's draws, reweighted
+The hyper-prior is N(technique's start, `wide`^2) for means and N(ln `std`, 0.5^2) for log stds, and the K particles are draws of it. z_j
+are the same for all particles, so that particles differ and luck does not. A gradient is the mean over the batches of a pass; with
+`train.batch` of a client's rows or more it is exact. The wire: 2 K d numbers down, 2 K d + K + 1 up, `exchanges` times a round.
+Of [train], epochs or steps, batch, clip and dropout count: rate and optimiser are the server's. The authors' private variant is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedtailor.algorithms.cards import card
+from fedtailor.algorithms.checks import COUNTS, checks, difference, spoken
+from fedtailor.algorithms.fedavg import one_size
+from fedtailor.core import (
+    Algorithm,
+    Batch,
+    ClientId,
+    Fit,
+    Flow,
+    Forward,
+    Job,
+    Loss,
+    Message,
+    Plan,
+    Predict,
+    Site,
+    State,
+    Talk,
+    Tree,
+    falling,
+    stream,
+)
+from fedtailor.errors import ConfigError
+from fedtailor.losses import Wrapped, classification, language
+from fedtailor.optimizers import stepped
+from fedtailor.trees import numel
+
+LOOSE = 0.5  # standard deviation of the log stds under the hyper-prior
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@card("personal", "2 K |t|", "2 K |t|", "exact server, our reading of a client")
+def pac_pfl(
+    job: Job,
+    *,
+    particles: int = 4,
+    draws: int = 4,
+    beta: float = 0.0,
+    lam: float = 0.01,
+    lr: float = 0.01,
+    bandwidth: float = 0.0,
+    wide: float = 0.1,
+    std: float = 0.05,
+    exchanges: int = 1,
+    most: int = 50_000,
+) -> Algorithm:
+    """Particles of a prior by Stein variational descent; each client predicts with a mixture weighed by its own data."""
+    one_size(job, "pac_pfl")
+    if min(particles, draws, exchanges) < 1 or min(beta, lam, lr, bandwidth) < 0 or min(wide, std) <= 0:
+        raise ConfigError(
+            "algorithm pac_pfl needs particles, draws and exchanges of 1 or more, beta, lam, lr and bandwidth of 0 or more, and "
+            "wide and std above 0"
+        )
+    if job.loss not in (classification, language):
+        raise ConfigError(
+            "algorithm pac_pfl averages class or token probabilities, which this technique lacks: choose head or lora"
+        )
+    plan = job.plan._replace(
+        optimizer="sgd", lr=1.0, weight_decay=0.0, momentum=0.0, schedule="constant", decay="constant", rounds=1
+    )
+
+    def init(params: Tree) -> State:
+        if numel(params) > most:
+            raise ConfigError(
+                f"algorithm pac_pfl keeps {particles} particles of a prior over the tree: {numel(params):,} numbers are too many "
+                f'(algorithm.most = {most:,}); choose technique.kind = "head", or a smaller rank or length'
+            )
+        centre = hyper(params, std)
+        noise = torch.randn((particles, len(centre)), generator=stream(job.seed, "pac_pfl"))
+        return {"params": params, "particles": centre + noise * deviations(params, wide), "optimizer": {}, "mll": [], "turn": 0}
+
+    def train(own: Tree | None, msg: Message, site: Site) -> Flow:
+        thetas, rows, shapes = msg.body["particles"], site.data["train"], shapes_of(site.init)
+        z = torch.randn((draws, thetas.shape[1] // 2), generator=stream(site.seed, "pac_pfl", site.id, int(msg.info["turn"])))
+        aux = {"noise": z, "beta": torch.tensor(beta or float(max(len(rows), 1)))}
+        slopes, mlls = [], []
+        for theta in thetas:
+            done = yield Fit(
+                marginal(job.loss, shapes), {"up": torch.zeros_like(theta)}, rows, {**aux, "theta": theta}, plan, passes=draws
+            )
+            slopes.append(done.params["up"] / max(done.seen["steps"], 1.0))
+            mlls.append(-done.seen["loss"])
+        mll, n = torch.tensor(mlls), float(len(rows))
+        seen = {"n": n, "loss": -float(mll.mean()), "turn": msg.info["turn"]}
+        return {"weights": (n * mll).softmax(0)}, Message("slopes", {"slopes": torch.stack(slopes), "mll": mll}, seen)
+
+    def round(state: State, cohort: list[ClientId]) -> Talk:
+        for _ in range(exchanges):
+            letter = Message("train", {"particles": state["particles"]}, {"turn": float(state["turn"])})
+            replies = yield dict.fromkeys(cohort, letter)
+            heard = [replies[c] for c in sorted(replies) if replies[c].info["n"]]
+            if not heard:
+                continue
+            rows = [r.info["n"] for r in heard]
+            slopes = toward([r.body["slopes"] for r in heard], rows)
+            pull = (hyper(state["params"], std) - state["particles"]) / deviations(state["params"], wide) ** 2
+            phi = svgd(state["particles"], slopes + lam * pull.double(), bandwidth)
+            rate = lr * falling(job.plan.decay, min(state["turn"] / (job.plan.rounds * exchanges), 1.0))
+            up = {"particles": -phi.to(state["particles"].dtype)}
+            moved, optimizer = stepped(Plan(optimizer="adam"), {"particles": state["particles"]}, up, state["optimizer"], rate)
+            mll = sum(n * r.body["mll"].double() for n, r in zip(rows, heard, strict=True)) / sum(rows)
+            state = {**state, **moved, "optimizer": optimizer, "mll": mll.tolist(), "turn": int(state["turn"]) + 1}
+        return state
+
+    def answer(state: State, cohort: list[ClientId]) -> Talk:
+        letter = Message("answer", {"particles": state["particles"]}, {"turn": float(state["turn"])})
+        return (yield dict.fromkeys(cohort, letter))
+
+    def judged(own: Tree | None, msg: Message, site: Site) -> Flow:
+        """The client's mixture, found anew from its training rows: a newcomer does no less and no more."""
+        shapes, thetas, rows = shapes_of(site.init), msg.body["particles"], site.data["train"]
+        z = torch.randn((draws, thetas.shape[1] // 2), generator=stream(site.seed, "pac_pfl", site.id, int(msg.info["turn"])))
+        trees, count = torch.stack([drawn(theta, z) for theta in thetas]).flatten(0, 1), particles * draws
+        losses = torch.zeros(particles, draws)
+        if len(rows):
+            told = yield Predict(partial(losses_of, job.judge, shapes), {"trees": trees}, rows, passes=count)
+            losses = (told["nll"].double().sum(0) / told["of"].double().sum().clamp_min(1)).view(particles, draws)
+        mixture = {"trees": trees, "weights": shares(losses, len(rows), beta or float(max(len(rows), 1))).flatten().float()}
+        body: Tree = {}
+        for split in ("test", "global"):
+            if split in site.data and len(site.data[split]):
+                outputs = yield Predict(partial(mixed, job.judge, shapes), mixture, site.data[split], passes=count)
+                body[split] = job.tally(outputs)
+        return own, Message("judged", body, {"n": float(len(site.data.get("test", ())))})
+
+    def personal(own: Tree | None, broadcast: Tree, site: Site) -> Tree:
+        """One tree in the place of a mixture: the particles' means, weighed as the client last found them."""
+        means = broadcast["particles"].chunk(2, 1)[0]
+        return as_tree(own["weights"] @ means if own else means.mean(0), shapes_of(site.init))
+
+    def slopes_sent(letter: Message, reply: Message) -> str:
+        if why := spoken(reply, ("slopes",), ("n",)):
+            return why
+        n = reply.info["n"]
+        if n and not 1 <= n <= COUNTS:  # next to nothing would make the harmonic mean, and everybody's step, nothing
+            return f"it says that it has {n:g} rows"
+        return difference(reply.body, {"slopes": letter.body["particles"], "mll": torch.zeros(particles)})
+
+    return Algorithm(
+        init=init,
+        round=round,
+        client={"train": train, "answer": judged},
+        answer=answer,
+        model=lambda state: as_tree(state["particles"].chunk(2, 1)[0].mean(0), shapes_of(state["params"])),
+        personal=personal,
+        updates=False,  # gradients: what a filter lost of one is not owed to the next
+        check=checks(job, train=slopes_sent),
+        tells=lambda state: {"mll": state["mll"]},
+    )
+
+
+def hyper(params: Tree, std: float) -> Tensor:
+    """The hyper-prior's centre, (2 d,): the technique's start, and the logarithm of `std`."""
+    means = torch.cat([params[name].flatten() for name, _ in shapes_of(params)])
+    return torch.cat([means, torch.full_like(means, math.log(std))])
+
+
+def deviations(params: Tree, wide: float) -> Tensor:
+    """The hyper-prior's standard deviations, (2 d,)."""
+    return torch.cat([torch.full((numel(params),), wide), torch.full((numel(params),), LOOSE)])
+
+
+def shapes_of(tree: Mapping[str, Tensor]) -> Shapes:
+    return tuple((name, tuple(tree[name].shape)) for name in sorted(tree))
+
+
+def as_tree(flat: Tensor, shapes: Shapes) -> Tree:
+    parts = flat.split([math.prod(shape) for _, shape in shapes])
+    return {name: part.reshape(shape) for (name, shape), part in zip(shapes, parts, strict=True)}
+
+
+def drawn(theta: Tensor, z: Tensor) -> Tensor:
+    """Draws (J, d) of the prior theta, (2 d,), by unit normal noise (J, d)."""
+    mean, log_std = theta.chunk(2)
+    return mean + log_std.exp() * z
+
+
+def log_marginal(losses: Tensor, beta: Tensor | float) -> Tensor:
+    """(1/beta) ln mean_j exp(-beta L_j) over the last axis."""
+    return ((-beta * losses).logsumexp(-1) - math.log(losses.shape[-1])) / beta
+
+
+def marginal(base: Loss, shapes: Shapes) -> Loss:
+    """-mll of the prior `theta` in `aux`, whatever `up` has become: steps of SGD at rate 1 add up gradients of mll in it."""
+    return _Marginal(base, shapes)
+
+
+class _Marginal(Wrapped):
+    def __call__(self, forward: Forward, params: Tree, batch: Batch, aux: Tree) -> Tensor:
+        base: Any
+        _, base, shapes = self
+        theta = aux["theta"] + params["up"] - params["up"].detach()
+        losses = [base(forward, as_tree(h, shapes), batch, {}) for h in drawn(theta, aux["noise"]).unbind()]  # type: ignore[arg-type]
+        return -log_marginal(torch.stack(losses), aux["beta"])
+
+
+def toward(slopes: Sequence[Tensor], rows: Sequence[float]) -> Tensor:
+    """h / (h + |T|) times the sum of the clients' gradients."""
+    harmonic = len(rows) / sum(1 / n for n in rows)
+    return harmonic / (harmonic + len(rows)) * torch.stack([s.double() for s in slopes]).sum(0)
+
+
+def svgd(particles: Tensor, slopes: Tensor, bandwidth: float = 0.0) -> Tensor:
+    """Where SVGD moves particles (K, D) whose log density has these gradients; `bandwidth` 0 is the median rule."""
+    x, count = particles.double(), len(particles)
+    square = torch.stack([(x - one).square().sum(1) for one in x])
+    width = bandwidth**2 if bandwidth else float(square.quantile(0.5)) / (2 * math.log(count + 1))
+    sharp = 1 / (1e-8 + 2 * width)
+    kernel = (-sharp * square).exp()
+    return (kernel @ slopes.double() + 2 * sharp * (kernel.sum(1, keepdim=True) * x - kernel @ x)) / count
+
+
+def shares(losses: Tensor, rows: int, beta: float) -> Tensor:
+    """Weights of draws (K, J) in a client's mixture, by their mean losses on its rows; they add up to 1."""
+    return (rows * log_marginal(losses, beta)).softmax(0)[:, None] * (-beta * losses).softmax(1)
+
+
+def losses_of(judge: Any, shapes: Shapes, forward: Forward, params: Tree, batch: Batch) -> Tree:
+    """Rows of {nll (a column a tree), of (what they are summed over)}."""
+    told = [judge(forward, as_tree(h, shapes), batch) for h in params["trees"]]
+    nll = torch.stack([t["nll"] for t in told], 1)
+    return {"nll": nll, "of": told[0].get("tokens", torch.ones_like(nll[:, 0]))}
+
+
+def mixed(judge: Any, shapes: Shapes, forward: Forward, params: Tree, batch: Batch) -> Tree:
+    """What `judge` says of the mean of the trees' probabilities."""
+
+    def average(params: Tree, batch: Batch) -> Tensor:
+        # One after the other: a language model's probabilities of all trees together are large.
+        total = torch.zeros(())
+        for weight, h in zip(params["weights"], params["trees"], strict=True):
+            total = total + weight * forward(as_tree(h, shapes), batch).softmax(-1)
+        return total.clamp_min(torch.finfo(total.dtype).tiny).log()
+
+    return judge(average, params, batch)  # type: ignore[no-any-return]
