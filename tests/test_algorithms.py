@@ -619,7 +619,7 @@ def test_the_loss_falls(kind: str, federation: Federation) -> None:
     """A sign error anywhere between gradient and server would make it grow."""
     sgd = Plan(epochs=4, batch=4, lr=0.05, optimizer="sgd")
     plan = sgd if kind in ("fed_influence", "scaffold") else PLAN._replace(epochs=3)
-    prompted: dict[str, Any] = {"technique": "prefix", "topts": {"length": 2}} if kind in ("pfedpg", "pfedpt") else {}
+    prompted: dict[str, Any] = {"technique": "prefix", "topts": {"length": 2}} if kind in ("pfedpg", "pfedpt", "zoopfl") else {}
     lr = {"fedadam": {"lr": 0.01}, "fedyogi": {"lr": 0.01}, "fedadagrad": {"lr": 0.02}, "pac_pfl": {"lr": 0.05}}.get(kind, {})
     of_two_layers = ("flexp", "pfsl", "phsfl", "splitfed", "splitlora")
     more: dict[str, Any] = {"front": 0} if kind in of_two_layers else {"buffer": 3} if kind == "asynchronous" else {}

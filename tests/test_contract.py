@@ -81,6 +81,7 @@ CASES: dict[str, Case] = {
     "splitlora": Case({"front": 0}, plan=SGD),
     "zero-shot": Case(technique="template"),
     "zeroth-order": Case({"seeds": 8, "steps": 2}, technique="prompt", topts={"length": 2}),
+    "zoopfl": Case({"code": 2, "features": 8, "steps": 2}, technique="prompt", topts={"length": 2}, plan=SGD),
 }
 WAITS = ("asynchronous", "fedbabu", "finetune", "pfsl", "zero-shot")
 """Where a third round after an empty one need not move the model: who was lost is still waited for, or the round is the personal one."""

@@ -40,6 +40,7 @@ from fedtailor.algorithms.rag import rag
 from fedtailor.algorithms.scaffold import scaffold
 from fedtailor.algorithms.splitfed import splitfed, splitlora
 from fedtailor.algorithms.zeroth_order import zeroth_order
+from fedtailor.algorithms.zoopfl import zoopfl
 from fedtailor.core import Algorithm
 
 ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
@@ -89,6 +90,7 @@ ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
     "splitlora": splitlora,
     "zero-shot": zero_shot,
     "zeroth-order": zeroth_order,
+    "zoopfl": zoopfl,
 }
 
 __all__ = ["ALGORITHMS"]
