@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,6 +110,23 @@ def test_a_tree_mixed_with_itself_is_itself(technique: str, topts: Any, world: C
     both = mixed({m: t + 1.3 for m, t in closed(tree).items()}, tree, tree)
     torch.testing.assert_close(forward(both, batch), forward(tree, batch), atol=1e-5, rtol=1e-5)
     assert gated(classification) == gated(classification)
+
+
+def test_a_mixture_is_exported_as_a_plain_adapter_of_twice_the_rank(federation: Federation, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    done = federation("fedmosaic", rounds=2, plan=WHOLE)
+    technique, own = done.world.technique, done.own["c1"]
+    assert done.world.algorithm.personal
+    tree = done.world.algorithm.personal(own, {}, done.world.sites("c1", 2))
+    assert same(tree, mixed(own["gates"], own["global"], own["params"]))
+    technique.save(tree, tmp_path)
+    base = AutoModelForSequenceClassification.from_pretrained(technique.backbone.source)
+    loaded, batch = PeftModel.from_pretrained(base, str(tmp_path)).eval(), batch_of("bert")
+    assert loaded.peft_config["default"].r == 4
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, technique.bind(False)(tree, batch), atol=1e-4, rtol=1e-4)
 
 
 # The client
