@@ -43,6 +43,8 @@ FULL: dict[str, Any] = {
         "per_round": 2,
         "partition": {"kind": "dirichlet", "alpha": 0.3},
         "test": 0.3,
+        "newcomers": ["a", "b"],
+        "joining": 2,
         "valid": 0.2,
         "devices": [
             {

@@ -287,6 +287,35 @@ def test_letters_to_others_are_not_sent() -> None:
     assert end.value.value == ({"z": Message("1")}, {})
 
 
+def test_the_shared_model_is_judged_at_every_client_that_trained(made: Callable[..., Experiment], tmp_path: Path) -> None:
+    experiment = made(algorithm={"kind": "ditto", "lam": 0.5}, train={"lr": 0.2})
+    summary = run(experiment, tmp_path / "run")
+    world, (_, state, _) = build(experiment), checkpoint(tmp_path / "run")
+    table = csv.DictReader((tmp_path / "run" / "clients.csv").read_text(encoding="utf-8").splitlines())
+    told = {line["client"]: line["metric_shared"] for line in table}
+    found = {c: value(world, state["params"], world.sites(c, 0)) for c in world.clients}
+    assert told == {**{c: str(x) for c, x in found.items()}, "u4": ""}
+    assert summary["clients_mean_shared"] == pytest.approx(sum(found.values()) / len(found))
+    assert summary["clients_mean_shared"] != summary["clients_mean"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"algorithm": {"kind": "fedavg"}},  # everybody's model is the shared one
+        {"algorithm": {"kind": "local"}},  # nothing is shared
+        {"algorithm": {"kind": "ditto"}, "clients": {"ranks": [1, 2]}},  # it does not fit everybody
+    ],
+    ids=["fedavg", "local", "ranks"],
+)
+def test_where_there_is_no_shared_model_beside_ones_own_nothing_is_said(
+    made: Callable[..., Experiment], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    summary = run(made((), **changes), tmp_path / "run")
+    assert "clients_mean_shared" not in summary
+    assert "metric_shared" not in (tmp_path / "run" / "clients.csv").read_text(encoding="utf-8")
+
+
 def test_the_summary_is_json_and_says_each_newcomers_values(made: Callable[..., Experiment], tmp_path: Path) -> None:
     summary = run(made(late=2, algorithm={"kind": "fedper"}), tmp_path / "run")
     stored = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))

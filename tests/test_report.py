@@ -227,6 +227,78 @@ def test_one_client_and_personal_runs(tmp_path: Path) -> None:
     assert "0.4321" in personal.text
 
 
+def with_columns(run: Path, **columns: list[Any]) -> Path:
+    """The same folder with columns of clients.csv replaced, or more of them."""
+    path = run / "clients.csv"
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    rows = [{**row, **{name: values[i] for name, values in columns.items()}} for i, row in enumerate(rows)]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return run
+
+
+def bars(seen: Page, words: str) -> list[dict[str, Any]]:
+    return [t for t in seen.traces("bar") if words in t.get("name", "")]
+
+
+def test_a_personal_run_shows_who_loses_to_the_shared_model(tmp_path: Path) -> None:
+    shared = [0.5, 0.25, 0.75, 1.0]  # clients score 0.25, 0.5, 0.75, 1
+    run = with_columns(folder(tmp_path / "run", clients=4, personal=True, clients_mean_shared=0.625), metric_shared=shared)
+    seen = page(tmp_path, run)
+    lost, won = bars(seen, "loses to the shared model")[0], bars(seen, "gains over the shared model")[0]
+    assert (lost["x"], lost["y"]) == (["client-000"], [-0.25])
+    assert won["y"] == [0, 0, 0.25]
+    assert lost["marker"] != won["marker"]
+    assert "1 of 4 clients lose to the shared model (mean gain +0.0000, least -0.2500, largest +0.2500)." in seen.text
+    for words in ("0.6250", "own test, shared model"):
+        assert words in seen.text
+    assert "local-only" not in seen.text
+
+
+def test_several_runs_show_who_loses_to_training_alone(tmp_path: Path) -> None:
+    mine = with_columns(folder(tmp_path / "mine", clients=4, name="mine"), metric_shared=[0.5, 0.25, 0.75, 1.0])
+    same = folder(tmp_path / "same", clients=4, name="same", algorithm="local")
+    with_columns(same, metric=[0.2, 0.6, 0.7, 0.7], metric_shared=["", "", "", ""])
+    other = folder(tmp_path / "other", clients=4, name="other", algorithm="local", seed=1)
+    (other / "experiment.toml").write_text((other / "experiment.toml").read_text().replace("seed = 0", "seed = 1"))
+    common = folder(tmp_path / "common", clients=4, name="common")
+    seen = page(tmp_path, mine, other, same, common)
+    [lost], [won] = bars(seen, "loses to local-only"), bars(seen, "gains over local-only")  # of the personal run alone
+    assert (lost["x"], lost["y"]) == (["client-001"], [-0.1])
+    assert (won["x"], won["y"]) == (["client-000", "client-002", "client-003"], [0.05, 0.05, 0.3])
+    [marks] = [t for t in seen.traces("scatter") if t["name"] == "over the shared model"]
+    assert marks["x"] == ["client-001", "client-000", "client-002", "client-003"]
+    assert marks["y"] == [0.25, -0.25, 0, 0]
+    assert "mine: gain of each client’s own model" in seen.text
+    assert "1 of 4 clients lose to local-only (mean gain +0.0750, least -0.1000, largest +0.3000)." in seen.text
+    assert "What a model of its own brings a client" not in page(tmp_path, common, same).text
+
+
+def test_where_low_is_good_a_gain_is_a_fall(tmp_path: Path) -> None:
+    run = folder(tmp_path / "run", clients=2, metric="perplexity", labels=(), personal=True)  # 20 and 21
+    seen = page(tmp_path, with_columns(run, metric_shared=[18.0, 25.0]))
+    assert bars(seen, "loses to the shared model")[0]["y"] == [-2]
+    assert bars(seen, "gains over the shared model")[0]["y"] == [4]
+    assert any(f["layout"].get("yaxis", {}).get("title") == {"text": "fall in perplexity"} for f in seen.figures)
+
+
+def test_newcomers_are_shown_and_are_no_clients_of_the_federation(tmp_path: Path) -> None:
+    means = {"newcomers_mean": 0.3125, "newcomers_joined_mean": 0.4375}
+    run = folder(tmp_path / "run", clients=3, **means)
+    late = with_columns(run, device=["a", "a", "newcomer"], metric=[0.5, 0.25, ""], metric_newcomer=["", "", 0.1357],
+                        metric_joined=["", "", 0.2468])  # fmt: skip
+    seen = page(tmp_path, late)
+    for words in ("Newcomers as they come", "0.3125", "Newcomers joined", "0.4375", "0.1357", "0.2468", "newcomer, as it comes"):
+        assert words in seen.text
+    assert sum(len(t["x"]) for t in seen.traces("bar") if t["name"] in ("worst decile", "the others")) == 2
+    both = page(tmp_path, late, folder(tmp_path / "without", clients=3, name="without"))
+    assert "newcomers, joined" in both.text
+    alone = page(tmp_path, folder(tmp_path / "none", clients=3))
+    assert "Newcomers" not in alone.text  # the path has the word too
+
+
 def test_a_thousand_clients(tmp_path: Path) -> None:
     run = folder(tmp_path / "run", clients=1000, labels=tuple(f"class {k}" for k in range(100)))
     begun = time.perf_counter()

@@ -297,6 +297,7 @@ def _summary_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]
         "without retrieval": ("without_retrieval", "{:.4f}"),
         "clients' mean": ("clients_mean", "{:.4f}"),
         "clients' worst decile": ("clients_worst_decile", "{:.4f}"),
+        "clients' mean, shared model": ("clients_mean_shared", "{:.4f}"),
         "newcomers' mean, as they come": ("newcomers_mean", "{:.4f}"),
         "newcomers' mean, joined": ("newcomers_joined_mean", "{:.4f}"),
         "majority class": ("majority", "{:.4f}"),

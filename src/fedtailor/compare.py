@@ -16,7 +16,14 @@ from fedtailor.folder import EXPERIMENT, ROUNDS, SUMMARY, plain, stored
 from fedtailor.run import Watch, run
 
 COMPARISON = "compare.json"
-SCORES = ("global_test", "clients_mean", "clients_worst_decile", "newcomers_mean", "newcomers_joined_mean")
+SCORES = (
+    "global_test",
+    "clients_mean",
+    "clients_worst_decile",
+    "clients_mean_shared",
+    "newcomers_mean",
+    "newcomers_joined_mean",
+)
 MEASURES = (
     *SCORES,
     "bytes_up_per_client_round",

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fedtailor.core import SERVER, ClientId, Letters, Message, Site, State, Talk, Tree, answer_with
 from fedtailor.data.examples import Subset
@@ -29,6 +30,7 @@ from fedtailor.evaluation import broadcast_of, workers
 from fedtailor.filters import chain
 from fedtailor.ledger import Ledger
 from fedtailor.simulation import World
+from fedtailor.trees import tensors
 
 SHARED = "shared"
 """The verb of a look at a tree that is nobody's own."""
@@ -93,6 +95,14 @@ def looks(world: World, engine: Local, state: State, clients: list[ClientId]) ->
     return _values(world, engine.converse(talk(), world.experiment.rounds, own_rows(world)))
 
 
+def with_shared(world: World, engine: Local, state: State) -> dict[ClientId, float]:
+    """The metric of the federation's own model at each client that trained; {} where nothing is shared, or where it does not fit."""
+    model = world.algorithm.model(state)
+    if not fits(world) or same(model, world.technique.init):
+        return {}
+    return looks(world, engine, state, world.facts.clients)
+
+
 def fits(world: World) -> bool:
     """Whether everybody's tree is like the server's."""
     return not world.kits and len(set(world.job.sizes)) < 2
@@ -130,6 +140,12 @@ def own_rows(world: World) -> Callable[[ClientId, int], Site]:
         return site._replace(data={**data, "test": Subset(world.test, np.arange(0))} if client == SERVER else data)
 
     return sites
+
+
+def same(a: Tree, b: Tree) -> bool:
+    """Whether the tensors of two trees are equal."""
+    ours, theirs = dict(tensors(a)), dict(tensors(b))
+    return ours.keys() == theirs.keys() and all(torch.equal(t, theirs[name]) for name, t in ours.items())
 
 
 def _values(world: World, replies: Mapping[ClientId, Message]) -> dict[ClientId, float]:

@@ -23,7 +23,7 @@ from fedtailor.evaluation import broadcast_of, evaluate, validate
 from fedtailor.folder import CLIENTS, ROUNDS, SUMMARY, check_folder, defined, keep_rounds, make_folder, record, writing
 from fedtailor.launch import check_engine, engine_for
 from fedtailor.ledger import COLUMNS, Ledger
-from fedtailor.simulation import BASELINES, World, build
+from fedtailor.simulation import BASELINES, Split, World, build
 from fedtailor.tracking import check_trackers, tracker
 from fedtailor.trees import numel
 
@@ -158,15 +158,19 @@ def _finish(
     experiment, algorithm = world.experiment, world.algorithm
     scores = evaluate(world, engine, state, experiment.rounds)
     late: dict[ClientId, dict[str, float]] = {}
-    if world.facts.newcomers:
-        watch.stage("judging newcomers")
+    shared: dict[ClientId, float] = {}
+    if world.facts.newcomers or (algorithm.personal and engine.own_states_here):
         with newcomers.beside(world, watch.notice) as other:
-            late = newcomers.judged(world, other, state)
+            if algorithm.personal:
+                shared = newcomers.with_shared(world, other, state)
+            if world.facts.newcomers:
+                watch.stage("judging newcomers")
+                late = newcomers.judged(world, other, state)
     world.technique.save(algorithm.model(state), out / "adapter")
     if algorithm.personal and engine.own_states_here:
         save_personal(world, states, state, out / "adapter" / "personal")
     own, wide = scores.pop("clients"), scores.pop("clients_on_global")
-    _write_clients(world, ledger, own, wide, late, out / CLIENTS)
+    _write_clients(world, ledger, own, wide, shared, late, out / CLIENTS)
     flops, examples = ledger.total("flops"), ledger.total("examples")
     pooled = experiment.algorithm.kind in BASELINES
     lengths = next((store.lengths for store in (world.store, world.test) if store.rows), [experiment.data.max_length])
@@ -177,6 +181,7 @@ def _finish(
         "technique": experiment.technique.kind,
         "seed": experiment.seed,
         **scores,
+        **({"clients_mean_shared": float(np.mean(list(shared.values())))} if shared else {}),
         **_of_newcomers(late),
         "bytes_up_per_client_round": 0 if pooled else ledger.per_client_round("bytes_up", "replies"),
         "bytes_down_per_client_round": 0 if pooled else ledger.per_client_round("bytes_down", "letters"),
@@ -231,26 +236,30 @@ def _write_clients(
     ledger: Ledger,
     own: dict[str, float],
     wide: dict[str, float],
+    shared: dict[ClientId, float],
     late: dict[ClientId, dict[str, float]],
     path: Path,
 ) -> None:
     """A line a client; then, where there are any, one a newcomer, whose metrics have columns of their own."""
     columns = ["client", "device", "train", "valid", "test", "metric", "metric_global", *COLUMNS]
-    columns += ["metric_newcomer", "metric_joined"] if world.newcomers else []
+
+    def begun(client: ClientId, device: str, rows: Split) -> dict[str, Any]:
+        sizes = {"train": len(rows.train), "valid": len(rows.valid), "test": len(rows.test)}
+        return {"client": client, "device": device, **sizes, **dict.fromkeys(COLUMNS, 0), **ledger.clients.get(client, {})}
+
+    lines = []
+    for client, rows in sorted(world.clients.items()):
+        found = {"metric": own, "metric_global": wide, "metric_shared": shared}
+        values = {name: scores[client] for name, scores in found.items() if client in scores}
+        lines.append({**begun(client, world.site(client, 0).device.name, rows), **values})
+    for client, rows in sorted(world.newcomers.items()):
+        values = {"metric_newcomer": late[client]["metric"], "metric_joined": late[client]["joined"]} if client in late else {}
+        lines.append({**begun(client, "newcomer", rows), **values})
+    more = [name for name in ("metric_shared", "metric_newcomer", "metric_joined") if any(name in line for line in lines)]
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        for client, rows in sorted(world.clients.items()):
-            line = ledger.clients.get(client, {})
-            sizes = [len(rows.train), len(rows.valid), len(rows.test)]
-            device = world.site(client, 0).device.name
-            writer.writerow(
-                [client, device, *sizes, own.get(client, ""), wide.get(client, ""), *(line.get(c, 0) for c in COLUMNS)]
-            )
-        for client, rows in sorted(world.newcomers.items()):
-            sizes, scores = [len(rows.train), len(rows.valid), len(rows.test)], late.get(client, {})
-            values = [scores.get("metric", ""), scores.get("joined", "")]
-            writer.writerow([client, "newcomer", *sizes, "", "", *(0 for _ in COLUMNS), *values])
+        writer = csv.DictWriter(file, [*columns, *more], restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(lines)
 
 
 __all__ = ["Watch", "conduct", "draw", "run", "save_personal"]

@@ -14,7 +14,7 @@ from string import Template
 from typing import Any
 
 from fedtailor.errors import RunError
-from fedtailor.report import figures
+from fedtailor.report import figures, gains
 from fedtailor.report.figures import Figure
 from fedtailor.report.folders import Run, number, read
 
@@ -64,6 +64,7 @@ def _single(run: Run) -> str:
             _cards(run),
             _prompt(run),
             _section("Over the rounds", _over([run]) if curves else "", curves),
+            _section(gains.TITLE, "", gains.drawn([run]), wide=True),
             _influence(run),
             _parts(run),
             _files(run),
@@ -89,6 +90,7 @@ def _several(runs: Sequence[Run]) -> str:
             f'<header><h1>{len(runs)} runs compared</h1><p class="soft">Test metric: {escape(metrics)}</p></header>',
             _comparison(runs),
             _section("Over the rounds", legend + (_over(runs) if curves else ""), [*curves, *spread]),
+            _section(gains.TITLE, "", gains.drawn(runs), wide=True),
             "<h2>Each run</h2>",
             parts,
         ]
@@ -127,6 +129,11 @@ def _cards(run: Run) -> str:
     if not run.finished:
         seen = [line["valid"] for line in run.rounds if number(line.get("valid")) is not None]
         cards = [("Validation", _score(seen[-1]), run.metric + ", last")] if seen else []
+    with_shared = run.value("clients_mean_shared")
+    cards += [("With the shared model", _score(with_shared), run.metric + ", clients' mean")] if with_shared is not None else []
+    for name, words in (("newcomers_mean", "as they come"), ("newcomers_joined_mean", "joined")):
+        mean = run.value(name) if run.finished else None
+        cards += [(f"Newcomers {words}", _score(mean), run.metric + ", own test splits")] if mean is not None else []
     clock = run.value("simulated_seconds")
     cards += [
         ("Bytes up", _bytes(run.value("bytes_up_per_client_round")), "a client and round"),
@@ -151,13 +158,15 @@ def _without_training(run: Run) -> str:
 
 
 def _comparison(runs: Sequence[Run]) -> str:
-    head = ["run", "algorithm", "technique", "global test", "clients’ mean", "worst decile", "up", "down", "bytes in all"]
-    head += ["trained", "FLOPs", "peak memory", "time"]
+    late = {"newcomers_mean": "newcomers", "newcomers_joined_mean": "newcomers, joined"}
+    late = {name: words for name, words in late.items() if any(name in run.summary for run in runs)}
+    head = ["run", "algorithm", "technique", "global test", "clients’ mean", "worst decile", *late.values(), "up", "down"]
+    head += ["bytes in all", "trained", "FLOPs", "peak memory", "time"]
     metrics = {run.metric for run in runs if run.finished}
     rows = []
     for i, run in enumerate(runs):
         unit = f" {run.metric}" if len(metrics) > 1 else ""
-        tests = ["global_test", "clients_mean", "clients_worst_decile"]
+        tests = ["global_test", "clients_mean", "clients_worst_decile", *late]
         scores = [_score(run.value(name)) + (unit if run.finished else "") for name in tests]
         sizes = [_bytes(run.value(n)) for n in ("bytes_up_per_client_round", "bytes_down_per_client_round", "bytes_total")]
         rest = [_si(run.value("trainable_parameters")), _si(run.value("flops_per_example"))]
@@ -181,21 +190,38 @@ def _over(runs: Sequence[Run]) -> str:
     return f"<fieldset><legend>Over&ensp;</legend>{radios}</fieldset>"
 
 
+CLIENT_COLUMNS = (
+    "device",
+    "train",
+    "valid",
+    "test",
+    "metric",
+    "metric_global",
+    "metric_shared",
+    "metric_newcomer",
+    "metric_joined",
+)
+
+
 def _parts(run: Run) -> str:
     """What belongs to one run alone."""
     own, held = figures.clients(run), figures.partition(run)
-    rest = [name for name in ("device", "train", "valid", "test", "metric", "metric_global") if any(c[name] for c in run.clients)]
+    rest = [name for name in CLIENT_COLUMNS if any(c.get(name) for c in run.clients)]
     shapes = {"bytes_up": _bytes, "bytes_down": _bytes, "flops": _si, "simulated_seconds": _time, "examples": _count}
     rows = [
         (
             escape(c["client"]),
-            [escape(_score(c[n]) if n.startswith("metric") else c[n]) for n in rest] + [f(c.get(n)) for n, f in shapes.items()],
+            [escape(_score(c.get(n)) if n.startswith("metric") else c[n]) for n in rest]
+            + [f(c.get(n)) for n, f in shapes.items()],
         )
         for c in run.clients
     ]
     words = {
         "metric": f"own test ({run.metric})",
         "metric_global": "global test",
+        "metric_shared": "own test, shared model",
+        "metric_newcomer": "newcomer, as it comes",
+        "metric_joined": "newcomer, joined",
         "simulated_seconds": run.clock,
         "flops": "FLOPs",
     }
@@ -281,8 +307,9 @@ def _section(title: str, before: str, drawn: Sequence[Figure], wide: bool = Fals
 
 def _figure(figure: Figure, wide: bool) -> str:
     spec = {"data": figure.data, "layout": figure.layout, "x": figure.x}
+    note = f"<p>{escape(figure.note)}</p>" if figure.note else ""
     return (
-        f"<figure{' class=wide' if wide else ''}><figcaption><h3>{escape(figure.title)}</h3></figcaption>"
+        f"<figure{' class=wide' if wide else ''}><figcaption><h3>{escape(figure.title)}</h3>{note}</figcaption>"
         f'<div class="plot" role="img" aria-label="{escape(figure.says)}"></div>{_json(spec)}</figure>'
     )
 

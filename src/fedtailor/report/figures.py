@@ -25,6 +25,7 @@ class Figure(NamedTuple):
     data: list[dict[str, Any]]
     layout: dict[str, Any]
     x: dict[str, list[list[float]]] | None = None  # other x values for each trace: "round", "bytes", "clock"
+    note: str = ""  # below the title
 
 
 def plain(text: str, width: int = 60) -> str:
