@@ -1,9 +1,8 @@
-"""A federation in processes of its own, over mutual TLS on the loopback, with MiniLM: what is killed, what is slow, what it takes.
+"""A federation in processes of its own, over mutual TLS on the loopback, with MiniLM: what is killed, what it takes.
 
 python benchmarks/deployed.py kill-members        # kill -9 at 20 random moments, started again 2 s later
 python benchmarks/deployed.py kill-server         # kill -9 at 20 random moments, serve --resume
 python benchmarks/deployed.py step                # a step of FlexP-SFL, against the same step in one process
-python benchmarks/deployed.py line                # 100 ms, 20 Mbit/s; 1 % lost; a cut of 30 s in an upload; against the virtual clock
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from fedtailor.engines.states import States
 from fedtailor.federation import keys
 from fedtailor.run import run
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 COMMAND = [sys.executable, "-m", "fedtailor.cli"]
 
 
@@ -53,14 +51,14 @@ def experiment(members: int, rounds: int, **sections: Any) -> dict[str, Any]:
 class Deployed:
     """A server and its members, each a process; clients take their parts of one data set."""
 
-    def __init__(self, values: Mapping[str, Any], folder: Path, through: int = 0) -> None:
+    def __init__(self, values: Mapping[str, Any], folder: Path) -> None:
         self.folder, self.values = folder, dict(values)
         folder.mkdir(parents=True)
         (folder / "e.toml").write_text(tomli_w.dumps(self.values), encoding="utf-8")
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             self.port = found.getsockname()[1]
-        self.host, self.dialled = "127.0.0.1", through or self.port
+        self.host = "127.0.0.1"
         keys.init(folder / "keys")
         count = int(self.values["clients"]["count"])
         self.names = [f"client-{i:0{len(str(count - 1))}d}" for i in range(count)]
@@ -78,7 +76,7 @@ class Deployed:
     def join(self, name: str) -> None:
         home = self.folder / name
         enrolled = () if (home / "identity.pem").exists() else ("--token", self.tokens[name])
-        self.start(name, "join", f"{self.host}:{self.dialled}", "--simulate", "--home", str(home), *enrolled)
+        self.start(name, "join", f"{self.host}:{self.port}", "--simulate", "--home", str(home), *enrolled)
 
     def begin(self) -> None:
         self.serve()
@@ -128,13 +126,14 @@ def kill_members(here: Path, count: int) -> None:
         evaluate={"every": 0},
         clients={"grace": 300.0},  # no letter is lost, so that the state can be compared, however slowly processes start here
     )
-    deployed, draw, noticed, away, next_ = Deployed(values, here), random.Random(0), [], [], 0
+    deployed, draw, gone, noticed, away, next_ = Deployed(values, here), random.Random(0), [], [], [], 0
     deployed.begin()
     deployed.until("round 1/")
     for _ in range(count):
         time.sleep(draw.uniform(1, 6))
         name, begin, at = draw.choice(deployed.names), len(deployed.said()), time.monotonic()
         deployed.kill(name)
+        gone.append(time.monotonic() - at)
         deployed.until(f"{name} is cut off", 30, begin)
         noticed.append(time.monotonic() - at)
         time.sleep(2)
@@ -156,6 +155,8 @@ def kill_members(here: Path, count: int) -> None:
     alone = run(parse({**values, "rounds": rounds}), here / "simulated")
     same = states.hash(state) == alone["state_hash"]
     print(f"kills: {count}; noticed after {statistics.median(noticed):.3f} s (median), {max(noticed):.3f} s (most)")
+    print(f"the killed process itself is gone after {statistics.median(gone):.3f} s (median), {max(gone):.3f} s (most)", end=": ")
+    print("the kernel frees its memory, then closes its sockets")
     print(f"attached again {statistics.median(away):.1f} s after the kill (median), {max(away):.1f} s (most), 2 s of them dead")
     print(f"replied in the next round that ended: {next_} of {count}; rounds meanwhile: {rounds}, with every reply: {whole}")
     print(f"the others never stopped; state as simulated: {same}")
@@ -199,35 +200,9 @@ def step(here: Path) -> None:
     print(f"a step in one process: {one:.1f} ms; over the loopback, two processes: {two:.1f} ms; ratio {two / one:.2f}")
 
 
-def line(here: Path) -> None:
-    from proxies import Bad, Proxy
-
-    device, rounds = {"name": "far", "uplink_mbps": 20, "downlink_mbps": 20, "latency_ms": 100}, 3
-    values = experiment(1, rounds, train={"steps": 2, "lr": 1e-4}, evaluate={"every": 0}, clients={"grace": 120.0})
-    values["technique"] = {"kind": "full"}
-    forecast = run(parse({**values, "clients": {"count": 1, "devices": [device]}}), here / "simulated")
-    told = forecast["simulated_seconds"] / rounds
-    print(f"the virtual clock: {told:.1f} s a round, without computing", flush=True)
-    bad = Bad(0.1, 20e6 / 8, loss=0.01)
-    lines = {"no bad line": Bad(), "1 % lost": bad, "and cut for 30 s": bad._replace(cuts=(130_000_000,), dead=30.0)}
-    for number, (name, bad) in enumerate(lines.items()):
-        deployed = Deployed(values, here / str(number))
-        with Proxy(deployed.port, bad) as proxy:
-            deployed.dialled = proxy.port
-            deployed.begin()
-            summary = deployed.end()
-        took = [entry["clients"]["client-0"]["simulated_seconds"] for entry in deployed.rounds()]
-        rest = statistics.median(took)
-        same = summary["state_hash"] == forecast["state_hash"]
-        print(
-            f"{name}: {', '.join(f'{t:.1f}' for t in took)} s; the median is {rest / told:.2f} of the virtual clock's;", end=" "
-        )
-        print(f"connections cut: {proxy.cut}, noticed: {deployed.said().count('is cut off')}; same state: {same}", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["kill-members", "kill-server", "step", "line"])
+    parser.add_argument("what", choices=["kill-members", "kill-server", "step"])
     parser.add_argument("--count", type=int, default=20)
     asked = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -238,7 +213,7 @@ def main() -> None:
         elif asked.what == "kill-server":
             kill_server(here, asked.count)
         else:
-            {"step": step, "line": line}[asked.what](here)
+            step(here)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -29,7 +30,7 @@ from fedtailor.config import parse
 from fedtailor.run import run
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from tunnels import PACKET, Bad, Tunnel
+from tunnels import Bad, Tunnel
 
 LATENCY, MBITS, LOSS, DEAD = 0.1, 20, 0.01, 30.0
 BAD = Bad(
@@ -52,21 +53,24 @@ class Apart(Deployed):
             self.running[name] = host.do(subprocess.Popen, [*COMMAND, *words], stdout=subprocess.DEVNULL, stderr=log).result()
 
     def watched(self) -> list[str]:
-        """Wait until the server ends; what happened around the cut."""
-        told: list[str] = []
-        first = {"server": 0.0, "member": 0.0, "back": 0.0}
+        """Wait until the server ends; what the line was used for in each round, and what happened around the cut."""
+        told, tunnel, first, busy = [], self.tunnel, {"server": 0.0, "member": 0.0, "back": 0.0}, [0.0]
+        at, carried = time.monotonic(), [0, 0]
         while self.running["server"].poll() is None:
-            time.sleep(0.02)
-            if not self.tunnel.dead_since:
-                continue
-            now, member = time.monotonic() - self.tunnel.dead_since, self.said(self.names[0])
-            seen = {
-                "server": "is cut off" in self.said(),
-                "member": "cut off from the server" in member,
-                "back": member.count("attached to") > 1,
-            }
-            first = {name: at or now * seen[name] for name, at in first.items()}
-        if self.tunnel.dead_since:
+            time.sleep(0.1)
+            server, member, now = self.said(), self.said(self.names[0]), time.monotonic()
+            rates = [(way.bytes - before) / (now - at) for way, before in zip(tunnel.ways, carried, strict=True)]
+            busy += [0.0] * (server.count("\nround ") + 1 - len(busy))
+            busy[-1] += (now - at) * (max(rates) > MBITS * 1e6 / 8 / 2)
+            at, carried = now, [way.bytes for way in tunnel.ways]
+            back = "cut off from the server" in member and member.count("attached to") > 1
+            seen = {"server": "is cut off" in server, "member": "cut off from the server" in member, "back": back}
+            if tunnel.dead_since:
+                first = {name: was or (now - tunnel.dead_since) * seen[name] for name, was in first.items()}
+        told.append(
+            f"seconds with more than half the rate on the line, by round and at the end: {', '.join(f'{b:.1f}' for b in busy)}"
+        )
+        if tunnel.dead_since:
             told.append(f"cut for {DEAD:g} s: the server says so after {first['server']:.1f} s, the member after ")
             told[-1] += f"{first['member']:.1f} s, attached again {first['back'] - DEAD:.1f} s after the line is back"
         return told
@@ -101,6 +105,7 @@ def compare(here: Path, technique: dict[str, Any], rounds: int, bad: Bad, contro
         "uplink_mbps": MBITS,
         "downlink_mbps": MBITS,
         "latency_ms": 1e3 * LATENCY,
+        "packet_loss": bad.loss,
     }
     forecast = run(parse({**values, "clients": {"count": 1, "devices": [device]}}), here / "simulated")
     told = forecast["simulated_seconds"] / rounds
@@ -123,7 +128,7 @@ def compare(here: Path, technique: dict[str, Any], rounds: int, bad: Bad, contro
 
 
 def tcp(seconds: float = 30.0) -> None:
-    law = PACKET * 8 / (2 * LATENCY) * (1.5 / LOSS) ** 0.5 / 1e6
+    law = 1448 * 8 / (2 * LATENCY) * (1.5 / LOSS) ** 0.5 / 1e6
     print(f"Mathis et al. (1997) for Reno: {law:.2f} Mbit/s")
     for control in CONTROLS:
         with Tunnel(BAD, control) as tunnel:
@@ -155,6 +160,7 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true", help="no packet is lost, and the line is not cut")
     asked = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # nothing is left running
     if asked.what == "tcp":
         tcp()
         return

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
+from fedtailor.config import DeviceSection
 from fedtailor.core import Device
-from fedtailor.engines.clock import is_lost, seconds
+from fedtailor.engines.clock import PACKET, is_lost, seconds
+from fedtailor.equip import device_of
 
 PHONE = Device("phone", flops=2e9, uplink=1e6, downlink=4e6, latency=0.25)
 
@@ -25,6 +29,32 @@ def test_zero_is_not_limited(unlimited: str, rest: float) -> None:
 
 def test_a_device_without_limits_takes_no_time() -> None:
     assert seconds(Device(), down=10**12, flops=1e18, up=10**12) == 0.0
+
+
+def drawn_trips(p: float, packets: int, repeats: int) -> float:
+    """Round trips after the first until every packet has got through, in the mean of draws."""
+    draw, total = random.Random(0), 0
+    for _ in range(repeats):
+        left = packets
+        while left := sum(draw.random() < p for _ in range(left)):
+            total += 1
+    return total / repeats
+
+
+@pytest.mark.parametrize(("p", "packets"), [(0.01, 220), (0.3, 5), (0.5, 1)])
+def test_a_lost_packet_delays_its_message_by_round_trips(p: float, packets: int) -> None:
+    far = device_of(DeviceSection(name="far", latency_ms=100, packet_loss=p))
+    size = packets * PACKET
+    wanted = 0.2 + 0.2 * drawn_trips(p, packets, 4_000)
+    assert seconds(far, size, 0.0, 0) == pytest.approx(wanted, rel=0.03)
+    assert seconds(far, 0, 0.0, size) == seconds(far, size, 0.0, 0)
+
+
+def test_lost_packets_take_the_line_again_and_only_those_of_the_last_round_trip_delay() -> None:
+    near = Device(uplink=1e6, packet_loss=0.2)
+    assert seconds(near, 0, 0.0, 8_000_000) == pytest.approx(8 / 0.8)
+    far = near._replace(latency=PACKET / 2e6)  # one packet a round trip: p / (1 - p) times sent again
+    assert seconds(far, 0, 0.0, 8_000_000) == pytest.approx(8 / 0.8 + 2 * far.latency * 1.25)
 
 
 def test_nothing_is_lost_at_zero_and_everything_at_one() -> None:

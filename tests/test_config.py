@@ -56,6 +56,7 @@ FULL: dict[str, Any] = {
                 "downlink_mbps": 20.0,
                 "latency_ms": 40.0,
                 "dropout": 0.1,
+                "packet_loss": 0.01,
             },
             {"name": "laptop"},
         ],
@@ -155,7 +156,7 @@ def test_every_key_round_trips(tmp_path: Path) -> None:
     (tmp_path / "e.toml").write_text(tomli_w.dumps(FULL), encoding="utf-8")
     experiment = load(tmp_path / "e.toml")
     resolved = plain(experiment)
-    laptop = {"name": "laptop", "share": 1.0, "dropout": 0.0, "latency_ms": 0.0}
+    laptop = {"name": "laptop", "share": 1.0, "dropout": 0.0, "packet_loss": 0.0, "latency_ms": 0.0}
     laptop |= dict.fromkeys(("gflops", "memory_mb", "uplink_mbps", "downlink_mbps"), 0.0)
     wanted = copy(FULL)
     wanted["clients"]["devices"][1] = laptop
@@ -307,6 +308,7 @@ WRONG = {
         "downlink_mbps": [-1],
         "latency_ms": [-1],
         "dropout": [1, -0.1, 1.5],
+        "packet_loss": [1, -0.1],
     },
     "technique": {"kind": [3]},
     "algorithm": {"kind": [3]},

@@ -17,7 +17,7 @@ from fedtailor.federation.frames import Arriving, Frame, LineError, Parcel, fram
 from fedtailor.federation.line import Line
 from fedtailor.federation.member import Own
 from owners import Federation, Owners, owners
-from proxies import Bad, Proxy, every
+from proxies import Proxy, every
 
 
 class Wire:
@@ -141,7 +141,7 @@ def test_a_run_over_lines_that_are_cut_in_the_middle_of_messages(
     monkeypatch.setattr(framing, "CHUNK", 4096)
     monkeypatch.setattr(remote, "LARGE", 1000)
     federation = Federation(two.apart(**sections), tmp_path)
-    with Proxy(int(federation.address.rpartition(":")[2]), Bad(cuts=every(60_000, 8))) as proxy:
+    with Proxy(int(federation.address.rpartition(":")[2]), every(60_000, 8)) as proxy:
         federation.address = f"127.0.0.1:{proxy.port}"
         for name, path in two.own.items():
             federation.member(name, Own(str(path), model=str(two.model)), wait=False)

@@ -83,6 +83,7 @@ class DeviceSection(Section):
     downlink_mbps: float = Field(0, ge=0)
     latency_ms: float = Field(0, ge=0)
     dropout: float = Field(0, ge=0, lt=1, description="probability that a letter is lost")
+    packet_loss: float = Field(0, ge=0, lt=1, description="share of packets that are sent again")
 
 
 class PartitionSection(OpenSection):

@@ -259,6 +259,7 @@ class Device(NamedTuple):
     downlink: float = 0.0  # bytes a second
     latency: float = 0.0  # seconds, one way
     dropout: float = 0.0  # probability that a letter to this client is lost
+    packet_loss: float = 0.0  # share of packets that are sent again, by a sender that does not slow down for it
 
 
 class Site(NamedTuple):

@@ -247,6 +247,7 @@ def device_of(section: DeviceSection) -> Device:
         downlink=section.downlink_mbps * 1e6 / 8,
         latency=section.latency_ms / 1e3,
         dropout=section.dropout,
+        packet_loss=section.packet_loss,
     )
 
 
