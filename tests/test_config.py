@@ -108,6 +108,7 @@ FULL: dict[str, Any] = {
         "choose": {"train.batch": [4, 8]},
         "baselines": ["pooled", "majority"],
         "sets": [{"train.batch": 4}],
+        "tasks": [{"name": "short", "data.max_length": 32}],
     },
 }
 
@@ -338,7 +339,7 @@ WRONG = {
     },
     "evaluate": {"every": [-1], "valid_limit": [0], "sample": [-1]},
     "track": {"to": [["paper"], "tensorboard"]},
-    "compare": {"vary": [3, {"a": 3}], "seeds": [[-1], ["x"]], "choose": [3, {"a": 3}], "baselines": [["poold"]], "sets": [[3]]},
+    "compare": {"vary": [3, {"a": 3}], "seeds": [[-1], ["x"]], "choose": [3, {"a": 3}], "baselines": [["poold"]], "sets": [[3]], "tasks": [[3]]},
 }
 
 
