@@ -339,7 +339,14 @@ WRONG = {
     },
     "evaluate": {"every": [-1], "valid_limit": [0], "sample": [-1]},
     "track": {"to": [["paper"], "tensorboard"]},
-    "compare": {"vary": [3, {"a": 3}], "seeds": [[-1], ["x"]], "choose": [3, {"a": 3}], "baselines": [["poold"]], "sets": [[3]], "tasks": [[3]]},
+    "compare": {
+        "vary": [3, {"a": 3}],
+        "seeds": [[-1], ["x"]],
+        "choose": [3, {"a": 3}],
+        "baselines": [["poold"]],
+        "sets": [[3]],
+        "tasks": [[3]],
+    },
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,9 @@ import torch
 
 from federations import Outcome, World
 from fedtailor import wire
+from fedtailor.algorithms import ALGORITHMS
+from fedtailor.cases import cases
+from fedtailor.config import load
 from fedtailor.core import Message, Plan, Tree
 from fedtailor.data.examples import Subset
 from fedtailor.errors import ConfigError
@@ -194,3 +198,13 @@ def test_the_mixture_is_kept_where_it_belongs(federation: Federation) -> None:
     done = federation("apfl", plan=WHOLE._replace(lr=30.0), rounds=3)
     assert all(0 <= float(own["alpha"]) <= 1 for own in done.own.values())
     assert all(torch.isfinite(own["alpha"]) for own in done.own.values())
+
+
+def test_every_personal_system_stands_in_the_leaderboard() -> None:
+    """Split learning and distillation have tables of their own, FedSA is a rule for LoRA's factors."""
+    elsewhere = {"distil", "fedsa", "flexp", "pfsl", "phsfl"}
+    personal = {kind for kind, factory in ALGORITHMS.items() if factory.card.gives == "personal"}  # type: ignore[attr-defined]
+    experiment = Path(__file__).parents[1] / "experiments" / "personal.toml"
+    found = {case.values["algorithm"]["kind"] for case in cases(load(experiment, preset="small"))}
+    assert found - personal == {"local", "fedavg", "pooled"}
+    assert personal - found == elsewhere
