@@ -94,13 +94,17 @@ def answered(flow: Any, network: torch.nn.Module, rows: Rows, seed: int) -> tupl
         except StopIteration as end:
             return end.value
         model = copy.deepcopy(network)
-        model.load_state_dict(ask.params)
         if isinstance(ask, Predict):
-            with torch.no_grad():
-                nll = F.cross_entropy(model(rows.x[TRAIN:]), rows.y[TRAIN:], reduction="none")
-            result = {"nll": nll, "predicted": rows.y[TRAIN:], "label": rows.y[TRAIN:]}
+            nll, labels = [], rows.y[TRAIN:]
+            for tree in ask.params.values():
+                model.load_state_dict(tree)
+                with torch.no_grad():
+                    nll.append(F.cross_entropy(model(rows.x[TRAIN:]), labels, reduction="none"))
+            alike = labels[:, None].expand(-1, len(nll))
+            result = {"nll": torch.stack(nll, 1), "predicted": alike, "label": alike}
         else:
             assert isinstance(ask, Fit)
+            model.load_state_dict(ask.params)
             done = trained(model, rows, seed).state_dict()
             result = Fitted({n: t.clone() for n, t in done.items()}, {"n": float(TRAIN)}, {})
 

@@ -64,8 +64,9 @@ def turned(
             return asked, *end.value
         asked.append(ask)
         if isinstance(ask, Predict):
-            loss, rows = losses["w" if same(ask.params, w) else "v"], len(ask.data)
-            result = {"nll": torch.full((rows,), loss), "predicted": torch.zeros(rows), "label": torch.zeros(rows)}
+            rows, found = len(ask.data), [losses["w" if same(tree, w) else "v"] for tree in ask.params.values()]
+            nothing = torch.zeros(rows, len(found))
+            result = {"nll": torch.tensor(found).expand(rows, -1), "predicted": nothing, "label": nothing}
         else:
             result = Fitted(trained["w" if len(asked) == 1 else "v"], {"n": 6.0}, {})
 
@@ -76,7 +77,7 @@ def test_who_is_personal(margin: float, loss: float, kept: int, world: Callable[
     w, old, next_w, next_v = (randomized(here.technique.init, seed) for seed in range(4))
     trained, losses = {"w": next_w, "v": next_v}, {"v": loss, "w": 1.0}
     asked, own, reply = turned(here, None, w, losses, trained)  # the first time it tries, from w
-    assert [type(ask) for ask in asked] == [Fit, Fit, Predict, Predict]
+    assert [type(ask) for ask in asked] == [Fit, Fit, Predict]
     assert asked[1].loss == proximal(here.job.loss, 0.5)
     assert same(asked[1].params, w)
     assert same(asked[1].aux["anchor"], w)
@@ -86,7 +87,7 @@ def test_who_is_personal(margin: float, loss: float, kept: int, world: Callable[
     assert same(here.algorithm.personal(own, old, site), next_v if kept else old)
     # Afterwards it goes on with its own tree, or leaves it as it is and looks again.
     asked, again, reply = turned(here, own, w, losses, trained)
-    assert [type(ask) for ask in asked] == ([Fit, Fit, Predict, Predict] if kept else [Fit, Predict, Predict])
+    assert [type(ask) for ask in asked] == ([Fit, Fit, Predict] if kept else [Fit, Predict])
     assert reply.info["personal"] == kept
     if not kept:
         assert same(again["params"], own["params"])

@@ -79,19 +79,20 @@ def test_whom_a_client_asks_for() -> None:
 def judged(world: Any, own: Tree | None, letter: Message, losses: list[float], trained: Tree) -> tuple[list[Tree], Any, Any]:
     """A client's handler whose trees have these validation losses, in the order in which it asks."""
     flow, asked, result = world.algorithm.client["train"](own, letter, world.sites("c0", 2)), [], None
-    left = iter(losses)
     while True:
         try:
             ask = flow.send(result)
         except StopIteration as end:
             return asked, *end.value
-        asked.append(ask.params)
         if isinstance(ask, Predict):
+            asked += ask.params.values()
+            assert ask.passes == len(losses) == len(ask.params)
             rows = len(ask.data)
-            loss = next(left)
-            result = {"nll": torch.full((rows,), loss), "predicted": torch.zeros(rows), "label": torch.zeros(rows)}
+            nothing = torch.zeros(rows, len(losses))
+            result = {"nll": torch.tensor(losses).expand(rows, -1), "predicted": nothing, "label": nothing}
         else:
             assert isinstance(ask, Fit)
+            asked.append(ask.params)
             result = Fitted(trained, {"n": 6.0}, {})
 
 

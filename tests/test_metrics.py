@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, f1_score, log_loss, matthews_corrcoef
 
+from fedtailor import metrics
 from fedtailor.core import Tree, stream
-from fedtailor.data.examples import IGNORED
-from fedtailor.metrics import judge_tokens, mean_loss, metric, scores, total
+from fedtailor.data.examples import IGNORED, Subset
+from fedtailor.metrics import apart, judge_classes, judge_tokens, mean_loss, metric, scores, side_by_side, total
+from tiny import randomized, rows_of
 
 REFERENCE = {
     "accuracy": accuracy_score,
@@ -76,3 +80,31 @@ def test_perplexity_counts_the_tokens_that_have_a_label() -> None:
 def test_scores_are_probabilities() -> None:
     logits, _ = rows(3, 0)
     torch.testing.assert_close(scores(answered, {}, {"logits": logits})["scores"].sum(1), torch.ones(150))
+
+
+@pytest.mark.parametrize("tokens", [1, 50, 10_000])
+@pytest.mark.parametrize(("family", "kind", "judge"), [("bert", "lora", judge_classes), ("gpt2", "prefix", judge_tokens)])
+def test_trees_that_are_judged_together_are_judged_as_alone(
+    family: str, kind: str, judge: Any, tokens: int, techniques: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = techniques(family, kind)
+    data, trees, forward = Subset(rows_of(family), range(5)), [randomized(made.init, i) for i in range(3)], made.bind(False)
+    batch = data.batch(range(5), int(data.lengths.max()), 5)
+    monkeypatch.setattr(metrics, "TOKENS", tokens)
+    with torch.no_grad():
+        found = apart(side_by_side(judge, forward, dict(zip("abc", trees, strict=True)), batch))
+        for one, tree in zip(found, trees, strict=True):
+            for name, t in judge(forward, tree, batch).items():
+                torch.testing.assert_close(one[name], t, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found[0]["nll"], found[1]["nll"])
+
+
+def test_what_cannot_be_stacked_is_judged_tree_by_tree() -> None:
+    def stubborn(params: Tree, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return batch["logits"] * (2 if bool(params["w"] > 0) else 1)
+
+    logits, labels = rows(3, 0)
+    batch, trees = {"logits": logits, "labels": labels}, {"a": {"w": torch.tensor(1.0)}, "b": {"w": torch.tensor(-1.0)}}
+    found = apart(side_by_side(judge_classes, stubborn, trees, batch))
+    for one, factor in zip(found, (2, 1), strict=True):
+        torch.testing.assert_close(one["nll"], F.cross_entropy(factor * logits, labels, reduction="none"))

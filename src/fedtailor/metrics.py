@@ -10,12 +10,16 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import vmap
 
 from fedtailor.core import Batch, Forward, Tree
 from fedtailor.data.examples import IGNORED
 from fedtailor.errors import ConfigError, nearest
 from fedtailor.losses import next_tokens
-from fedtailor.trees import add
+from fedtailor.trees import add, stack, tree_map
+
+TOKENS = 1024
+"""In one call of `side_by_side`; a batch of a Predict has as many at most (engines/answering.py)."""
 
 
 class Metric(NamedTuple):
@@ -45,6 +49,31 @@ def judge_tokens(forward: Forward, params: Tree, batch: Batch) -> Tree:
 def scores(forward: Forward, params: Tree, batch: Batch) -> Tree:
     """Rows of class probabilities, for `predict`."""
     return {"scores": forward(params, batch).softmax(-1)}
+
+
+def side_by_side(judge: Callable[[Forward, Tree, Batch], Tree], forward: Forward, trees: Tree, batch: Batch) -> Tree:
+    """A batch judged with each of several alike trees: outputs (rows, trees, ...), in the order of the trees.
+
+    Few rows are judged with many trees in one call, as many as make up TOKENS: what a call costs whatever its size is paid once.
+    """
+    each, inputs = list(trees.values()), batch.get("input_ids", batch["labels"])
+    size = max(1, TOKENS // max(1, inputs.numel()))
+    found: list[Tree] = []
+    for start in range(0, len(each), size):
+        group = each[start : start + size]
+        try:
+            found.append(tree_map(lambda t: t.movedim(0, 1), vmap(lambda tree: judge(forward, tree, batch))(stack(group))))
+        except RuntimeError as error:  # what cannot be stacked in training either
+            if not any(word in str(error) for word in ("vmap", "functorch")):
+                raise
+            alone = [judge(forward, tree, batch) for tree in group]
+            found.append(tree_map(lambda *ts: torch.stack(ts, 1), alone[0], *alone[1:]))
+    return tree_map(lambda *ts: torch.cat(ts, 1), found[0], *found[1:])
+
+
+def apart(outputs: Tree) -> list[Tree]:
+    """What `side_by_side` gives, tree by tree."""
+    return [{name: t[:, i] for name, t in outputs.items()} for i in range(next(iter(outputs.values())).shape[1])]
 
 
 def _tally_accuracy(outputs: Tree) -> Tree:

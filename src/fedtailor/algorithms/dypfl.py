@@ -14,6 +14,8 @@ is, and goes on with it should w become the worse one. The rate of each round is
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from fedtailor.algorithms.cards import card
@@ -36,7 +38,7 @@ from fedtailor.core import (
 )
 from fedtailor.errors import ConfigError
 from fedtailor.losses import proximal
-from fedtailor.metrics import mean_loss
+from fedtailor.metrics import apart, mean_loss, side_by_side
 from fedtailor.trees import moved
 
 
@@ -74,11 +76,9 @@ def dypfl(
         rows = site.data.get("valid", ())
         if not len(rows):
             return rate is not None
-        losses = []
-        for tree in (v, w):
-            outputs = yield Predict(job.judge, tree, site.data["valid"])
-            losses.append(mean_loss(job.tally(outputs)))
-        return losses[0] <= losses[1] - margin
+        outputs = yield Predict(partial(side_by_side, job.judge), {"own": v, "shared": w}, site.data["valid"], passes=2)
+        own, shared = (mean_loss(job.tally(one)) for one in apart(outputs))
+        return own <= shared - margin
 
     def personal(own: Tree | None, broadcast: Tree, site: Site) -> Tree:
         params: Tree = own["params"] if own and own["better"] else broadcast

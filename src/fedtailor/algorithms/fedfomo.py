@@ -20,6 +20,7 @@ itself is one of factors, and a mean of factors is not the mean of their product
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -29,7 +30,7 @@ from fedtailor.algorithms.fedavg import one_size
 from fedtailor.algorithms.hetlora import product_norm
 from fedtailor.core import Algorithm, ClientId, Fit, Flow, Job, Message, Predict, Site, State, Talk, Tree, answer_with, stream
 from fedtailor.errors import ConfigError, one_of
-from fedtailor.metrics import mean_loss
+from fedtailor.metrics import apart, mean_loss, side_by_side
 from fedtailor.trees import lora_pairs, subtract, tensors, tree_map, weighted_mean
 
 NORMS = ("l1", "l2", "l2-squared", "product")
@@ -69,10 +70,9 @@ def fedfomo(
         trees = [mine["params"], *(peers[str(i)] for i in range(len(peers)))]
         start, scores = mine["params"], {}
         if peers and len(valid):
-            losses = []
-            for tree in (base, *trees):
-                outputs = yield Predict(job.judge, tree, site.data["valid"])
-                losses.append(mean_loss(job.tally(outputs)))
+            judged = {str(i): tree for i, tree in enumerate([base, *trees])}
+            outputs = yield Predict(partial(side_by_side, job.judge), judged, site.data["valid"], passes=len(judged))
+            losses = [mean_loss(job.tally(one)) for one in apart(outputs)]
             found = [score(losses[0] - loss, distance(tree, base, norm)) for loss, tree in zip(losses[1:], trees, strict=True)]
             start = combined(base, trees, found, base if otherwise == "base" else mine["params"])
             scores = dict(zip((OWN, *map(str, range(len(peers)))), found, strict=True))
