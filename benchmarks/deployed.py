@@ -126,14 +126,13 @@ def kill_members(here: Path, count: int) -> None:
         evaluate={"every": 0},
         clients={"grace": 300.0},  # no letter is lost, so that the state can be compared, however slowly processes start here
     )
-    deployed, draw, gone, noticed, away, next_ = Deployed(values, here), random.Random(0), [], [], [], 0
+    deployed, draw, noticed, away, next_ = Deployed(values, here), random.Random(0), [], [], 0
     deployed.begin()
     deployed.until("round 1/")
     for _ in range(count):
         time.sleep(draw.uniform(1, 6))
         name, begin, at = draw.choice(deployed.names), len(deployed.said()), time.monotonic()
         deployed.kill(name)
-        gone.append(time.monotonic() - at)
         deployed.until(f"{name} is cut off", 30, begin)
         noticed.append(time.monotonic() - at)
         time.sleep(2)
@@ -155,8 +154,6 @@ def kill_members(here: Path, count: int) -> None:
     alone = run(parse({**values, "rounds": rounds}), here / "simulated")
     same = states.hash(state) == alone["state_hash"]
     print(f"kills: {count}; noticed after {statistics.median(noticed):.3f} s (median), {max(noticed):.3f} s (most)")
-    print(f"the killed process itself is gone after {statistics.median(gone):.3f} s (median), {max(gone):.3f} s (most)", end=": ")
-    print("the kernel frees its memory, then closes its sockets")
     print(f"attached again {statistics.median(away):.1f} s after the kill (median), {max(away):.1f} s (most), 2 s of them dead")
     print(f"replied in the next round that ended: {next_} of {count}; rounds meanwhile: {rounds}, with every reply: {whole}")
     print(f"the others never stopped; state as simulated: {same}")
