@@ -105,7 +105,7 @@ def ddome(
             return own[EMBEDDING]  # type: ignore[no-any-return]
         if not len(rows):
             return torch.zeros(0, job.hidden)
-        return (yield Predict(embed, site.init, rows))[EMBEDDING]  # type: ignore[arg-type]
+        return (yield Predict(embed, site.init, rows))[EMBEDDING]  # type: ignore[arg-type,no-any-return]
 
     def choose(own: Tree | None, msg: Message, site: Site) -> Flow:
         rows = yield from embedded(own, site)
@@ -237,7 +237,7 @@ class _Mixing(Wrapped):
         shares = shares / shares.sum(-1, keepdim=True) if renormalise else shares
 
         def mixture(trees: Tree, inputs: Batch) -> Tensor:
-            return sum(shares[:, i, None] * forward(tree, inputs) for i, tree in enumerate(trees.values()))  # type: ignore[return-value]
+            return sum(shares[:, i, None] * forward(tree, inputs) for i, tree in enumerate(trees.values()))  # type: ignore[return-value,no-any-return]
 
         return base(mixture, params[EXPERTS], plain(batch), {})  # type: ignore[no-any-return]
 

@@ -105,7 +105,9 @@ def binder(
             inputs |= {name: inputs[name].to(dtype) for name in ("pixel_values", HIDDEN) if name in inputs}
             if FRAME[0] in params:
                 inputs["pixel_values"] = framed(inputs["pixel_values"], params)
-            with around(own, params) if around else nullcontext(), entering(own) if MEAN in params else nullcontext([]) as came:
+            bent: AbstractContextManager[None] = around(own, params) if around else nullcontext()
+            seen: AbstractContextManager[list[Tensor]] = entering(own) if MEAN in params else nullcontext([])
+            with bent, seen as came:
                 outputs = functional_call(own, swapped, (), inputs)
             if came:
                 mask = batch.get("attention_mask", came[0].new_ones(came[0].shape[:2]))
