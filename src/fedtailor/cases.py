@@ -59,16 +59,15 @@ def cases(experiment: Experiment, only: Sequence[str] = ()) -> Iterator[Case]:
     grid = _grid(section.vary, "vary")
     tasks, sets = (_asked(tables, only) for tables in (section.tasks, section.sets))
     names = [str(table["name"]) for table in (*section.sets, *section.tasks) if "name" in table]
+    of_tasks = [str(task.get("name")) for task in section.tasks]
     for name in itertools.chain.from_iterable(table.get("tasks", []) for table in section.sets):
-        if name not in (known := [str(task.get("name")) for task in section.tasks]):
-            raise ConfigError(
-                f"compare.sets: there is no task '{name}': " + (nearest(name, known) if known else "compare.tasks has none")
-            )
+        if name not in of_tasks:
+            hint = nearest(name, of_tasks) if of_tasks else "compare.tasks has none"
+            raise ConfigError(f"compare.sets: there is no task '{name}': {hint}")
     for name in only:
         if name not in names:
-            raise ConfigError(
-                f"--only {name}: {nearest(name, names) if names else 'compare.sets and compare.tasks name nothing'}"
-            )
+            hint = nearest(name, names) if names else "compare.sets and compare.tasks name nothing"
+            raise ConfigError(f"--only {name}: {hint}")
     for seed in section.seeds or [experiment.seed]:
         known: dict[str, Case] = {}  # by what is run
         for task, one, other in itertools.product(tasks or [{}], sets or [{}], grid):

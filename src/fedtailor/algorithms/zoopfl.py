@@ -144,7 +144,7 @@ def zoopfl(
         return {**fresh, **(own or {}), **letter}
 
     def decoder(tree: Tree) -> Tensor:
-        start = tree[PROMPT]
+        start: Tensor = tree[PROMPT]
         noise = torch.randn((code, start.numel()), generator=stream(job.seed, "zoopfl", "decoder"))
         return noise * start.std() * scale * code**-0.5
 
@@ -204,7 +204,7 @@ class _Reconstructing(Wrapped):
         width: Any
         _, width = self
         found, rows = seen_of(batch, width), (batch["labels"] != IGNORED).float()
-        again = (found @ params["weight"] + params["bias"]) @ params["back"] + params["origin"]
+        again: Tensor = (found @ params["weight"] + params["bias"]) @ params["back"] + params["origin"]
         return ((again - found).square().sum(1) * rows).sum() / rows.sum().clamp_min(1)
 
 

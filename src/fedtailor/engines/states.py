@@ -102,7 +102,7 @@ class States:
         own = {client: self.digests[name] for client, name in self.own.items()} | self.elsewhere
         for client in sorted(own):
             digest.update(client.encode() + bytes.fromhex(own[client]))
-        return digest.hexdigest()
+        return str(digest.hexdigest())
 
     def _hashed(self, message: Message) -> Any:
         """sha256 of a message's bytes, of large ones through a file: in memory they would be a second copy."""
