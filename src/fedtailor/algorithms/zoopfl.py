@@ -18,6 +18,7 @@ box and is not trained. The wire: (|f| + 1) d numbers both ways (+ |f| d + |f| w
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -146,7 +147,7 @@ def zoopfl(
     def decoder(tree: Tree) -> Tensor:
         start: Tensor = tree[PROMPT]
         noise = torch.randn((code, start.numel()), generator=stream(job.seed, "zoopfl", "decoder"))
-        return noise * start.std() * scale * code**-0.5
+        return noise * start.std() * scale / math.sqrt(code)
 
     def personal(own: Tree | None, broadcast: Tree, site: Site) -> Tree:
         """One tree in the place of one a row: the prompt at the mean code last seen, the output map in the head."""
