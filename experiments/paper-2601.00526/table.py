@@ -194,15 +194,14 @@ def cost_table(rows: list[Row], memory: dict[str, float]) -> list[str]:
         if row is None:
             continue
         up, down = mean(row, "bytes_up_per_client_round"), mean(row, "bytes_down_per_client_round")
-        below = (
-            (mean(whole, "bytes_up_per_client_round") + mean(whole, "bytes_down_per_client_round")) / (up + down) if whole else 0
-        )
+        of_whole = mean(whole, "bytes_up_per_client_round") + mean(whole, "bytes_down_per_client_round") if whole else 0.0
         trained = name not in ("prompt-search", "rag")
         forward = mean(whole, "forward_flops_per_example") if whole else 0
         times = f"{mean(row, 'flops_per_example') / forward:.2f}" if trained and forward else "-"
         near = [b for b in (bytes_to(0.99, c, row["metric"]) for c in row["curves"]) if b is not None]
         body.append(
-            [name, f"{mean(row, 'trainable_parameters'):,.0f}" if trained else "0", f"{up / 1e3:,.1f}", f"{down / 1e3:,.1f}", f"{below:,.0f} x",
+            [name, f"{mean(row, 'trainable_parameters'):,.0f}" if trained else "0", f"{up / 1e3:,.1f}", f"{down / 1e3:,.1f}",
+             f"{of_whole / (up + down):,.0f} x" if whole else "-",
              f"{sum(near) / len(near) / 1e6:,.1f}" if near else "-", times, f"{mean(row, 'flops_total') / 1e12:,.1f}",
              f"{memory[name] / 1e6:,.0f}" if name in memory else "-"]
         )  # fmt: skip
