@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 from collections.abc import Callable
@@ -392,7 +393,7 @@ def test_lengths_and_ranks_may_differ_in_one_forward(techniques: Techniques) -> 
 @pytest.mark.parametrize(("family", "kind"), [("bert", "lora"), ("gpt2", "prefix"), ("vit", "full"), ("llama", "lora")])
 def test_two_forwards_share_tensors_and_not_modules(family: str, kind: str, techniques: Techniques) -> None:
     technique = made(techniques, family, kind)
-    one, two = technique.bind(False), technique.bind(False)
+    one, two = (inspect.unwrap(technique.bind(False)) for _ in range(2))
     models = [next(c.cell_contents for c in f.__closure__ if isinstance(c.cell_contents, torch.nn.Module)) for f in (one, two)]
     assert models[0] is not models[1]
     assert not {id(m) for m in models[0].modules()} & {id(m) for m in models[1].modules()}

@@ -75,6 +75,7 @@ def with_experts(make: Callable[..., Technique]) -> Callable[..., Technique]:
         def bind(dropout: bool = False) -> Forward:
             alone = plain.bind(dropout)
 
+            @functools.wraps(alone)
             def forward(params: Tree, batch: Batch) -> Tensor:
                 return routed(alone, params, batch) if EXPERTS in params else alone(params, batch)
 
