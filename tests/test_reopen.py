@@ -85,6 +85,7 @@ def test_predict_and_export_read_no_data(home: Home, call: Call, monkeypatch: py
         "pairs": False,
         "clients": ["u0", "u1", "u2"],
         "public": 0,
+        "newcomers": [],
     }
     before = told(call, "good w1 fox", "bad")
     call("export done --to first")
