@@ -1,4 +1,4 @@
-"""FedMosaic's RELA beside its authors' code (snumprlab/fedmosaic, tried at 7887f5f).
+"""FedMosaic's RELA beside its authors' code (snumprlab/fedmosaic, tried at 7887f5f); parity_colora.py has the other half.
 
     python benchmarks/parity_fedmosaic.py CHECKOUT
 

@@ -203,8 +203,8 @@ CASES: dict[str, Case] = {
     ),
     "kinds of clients without one reference model": toml(
         'algorithm = { kind = "fedmosaic" }\nclients = { kinds = [{ technique = { kind = "head" } }] }',
-        "clients.kinds: algorithm fedmosaic exchanges trees",
-        "distil",
+        "clients.kinds: of models that differ",
+        "technique.kind = 'colora'",
     ),
     "nothing whose gradient tells tasks apart": run(
         USAGE, "has nothing to train", "prompt-search", algorithm__kind="fedmosaic", technique__kind="template"

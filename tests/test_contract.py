@@ -53,7 +53,7 @@ CASES: dict[str, Case] = {
     "fedit": Case(topts={"rank": 3}),
     "fedlc": Case({"rule": "prior", "tau": 0.5}, technique="prefix", topts={"length": 2}, plan=SGD),
     "fedmosaic": Case({"samples": 2}, plan=SGD),
-    "fedper": Case(),
+    "fedper": Case(technique="colora", topts={"rank": 2, "blocks": 1}),
     "fedppa": Case({"lam": 0.8, "stages": 2, "depths": [1, 2]}, plan=SGD),
     "fedprox": Case({"mu": 0.1}, technique="ia3"),
     "fedrep": Case({"head_epochs": 2}, plan=SGD),

@@ -129,7 +129,9 @@ class ClientsSection(Section):
     grace: float = Field(60, gt=0, description="serve: seconds that a member may be cut off before its letter counts as lost")
     ranks: list[PositiveInt] = Field([], description="LoRA ranks, dealt to the clients in turn")
     lengths: list[PositiveInt] = Field([], description="prefix or prompt lengths, dealt to the clients in turn")
-    kinds: list[KindSection] = Field([], description="models and techniques, dealt to the clients in turn (distil and local)")
+    kinds: list[KindSection] = Field(
+        [], description="models and techniques, dealt to the clients in turn (distil, fedmosaic and local)"
+    )
 
 
 class AlgorithmSection(OpenSection):

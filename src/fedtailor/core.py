@@ -110,6 +110,9 @@ class Fit(NamedTuple):
     plan: Plan = Plan()
     optimizer: Tree = {}  # optimiser state to go on with; tensors that it lacks start afresh
     passes: int = 1  # times that a step of the loss goes through the model and back, for the ledger
+    reference: bool = (
+        False  # of the server's model, where the client has another one: the params and the data are of that one then
+    )
 
 
 class Fitted(NamedTuple):
@@ -126,6 +129,7 @@ class Predict(NamedTuple):
     params: Tree
     data: Examples
     passes: int = 1  # forward passes that a row takes, for the ledger
+    reference: bool = False  # as for Fit
 
 
 HIDDEN = "hidden_states"
@@ -262,6 +266,13 @@ class Device(NamedTuple):
     packet_loss: float = 0.0  # share of packets that are sent again, by a sender that does not slow down for it
 
 
+class Reference(NamedTuple):
+    """The server's model at a client that may have another one: clients that cannot compare their own models compare what this one says."""
+
+    init: Tree  # its initial tree
+    data: Mapping[str, Examples]  # the client's train and public rows, as this model reads them
+
+
 class Site(NamedTuple):
     """What a client has and never sends."""
 
@@ -272,6 +283,7 @@ class Site(NamedTuple):
     seed: int = 0
     device: Device = Device()
     number: int = 0  # its place among all clients: what is dealt to the clients in turn is dealt by it
+    reference: Reference | None = None  # where clients differ in technique or backbone
 
     def random(self, purpose: str) -> torch.Generator:
         """The client's own random stream for this purpose in this round."""
@@ -292,7 +304,9 @@ class Algorithm(NamedTuple):
     personal: Callable[[Tree | None, Tree, Site], Tree] | None = None  # (own, broadcast, site) -> a client's own tree
     said: Callable[[State, ClientId], Tree] | None = None  # that broadcast, where the letters of `answer` do not hold it
     trains: bool = True  # it moves tensors, so the technique must have some
-    of_all_kinds: bool = False  # no tree crosses: clients may differ in technique and backbone
+    of_all_kinds: bool = (
+        False  # clients may differ in technique and backbone: what crosses is not the trees, or what they have in common
+    )
     splits: bool = False  # a client holds a part of the model only
     updates: bool = True  # a client's replies are of one tree: what a filter lost of one may be given with the next
     tells: Callable[[State], Tree] | None = (
@@ -324,6 +338,14 @@ class Reader(NamedTuple):
     write: Callable[[Sequence[str], str], str] = lambda passages, question: ""  # an answer
 
 
+class Kind(NamedTuple):
+    """Some of the clients, where they differ in technique or backbone: they are dealt to the kinds in turn, by their `Site.number`."""
+
+    init: Tree  # their initial tree
+    frozen: Tree  # what stands still beside it, and may be replaced under its names
+    same: bool  # their backbone is the server's
+
+
 class Job(NamedTuple):
     """What an experiment gives to every algorithm: an algorithm's other parameters are its own options."""
 
@@ -347,6 +369,8 @@ class Job(NamedTuple):
     hidden: int = 0  # width of the model's hidden states
     server: Device = Device("server")  # on the virtual clock
     reader: Reader | None = None  # what reads retrieved passages, where the technique has one
+    kinds: tuple[Kind, ...] = ()  # of clients; () where all have what the server has
+    frozen: Tree = {}  # a Kind's, of the server's technique
 
 
 def seed_of(seed: int, *purpose: str | int) -> int:

@@ -14,7 +14,7 @@ import torch
 from fedtailor.backbone import Backbone, hidden_width, positions, sample_inputs, similar_words
 from fedtailor.backbone import load as load_backbone
 from fedtailor.config import DeviceSection, Experiment, ModelSection, TechniqueSection
-from fedtailor.core import Algorithm, ClientId, Device, Job, Site, stream
+from fedtailor.core import Algorithm, ClientId, Device, Job, Kind, Site, stream
 from fedtailor.cut import ends_class
 from fedtailor.ends import Ends, technique_of
 from fedtailor.engines.training import Flops, no_flops
@@ -150,6 +150,8 @@ def equip(experiment: Experiment, facts: Facts, ends: Ends | None = None) -> Mod
         similar=functools.partial(similar_words, backbone),
         reader=technique.reader,
         server=Device("server", flops=1e9 * experiment.engine.server_gflops),
+        kinds=tuple(Kind(k.technique.init, k.technique.frozen, k.backbone is backbone) for k in kits),
+        frozen=technique.frozen,
     )
     remake = functools.partial(TECHNIQUES[kind], **experiment.technique.options)
     job = job._replace(layers=costed(layers(technique), technique, remake, job))
@@ -180,7 +182,7 @@ def equip(experiment: Experiment, facts: Facts, ends: Ends | None = None) -> Mod
     if kits and not algorithm.of_all_kinds:
         raise ConfigError(
             f"clients.kinds: algorithm {experiment.algorithm.kind} exchanges trees, which must be alike: "
-            "set algorithm.kind to distil or local"
+            "set algorithm.kind to distil or local, or to fedmosaic with technique colora"
         )
     profiles = devices(experiment, facts.clients)
     own_length = "max_length" in experiment.data.model_fields_set

@@ -13,7 +13,7 @@ import torch
 
 from fedtailor.backbone import sample_inputs
 from fedtailor.config import Experiment
-from fedtailor.core import SERVER, ClientId, Site, seed_of, stream
+from fedtailor.core import SERVER, ClientId, Reference, Site, seed_of, stream
 from fedtailor.data.examples import Store, Subset
 from fedtailor.data.sources import Source, owned
 from fedtailor.ends import Ends
@@ -264,7 +264,14 @@ def _sites(
                 data["global"] = Subset(test, glance)
         if public is not None:
             data["public"] = Subset(public, np.arange(public.rows))
-        return model.site(client, round)._replace(data=data)
+        site = model.site(client, round)._replace(data=data)
+        return site._replace(reference=referred(client)) if model.kits and client != SERVER else site
+
+    def referred(client: ClientId) -> Reference:
+        data = {"train": Subset(stores[0].train, held[client].train)}
+        if stores[0].public is not None:
+            data["public"] = Subset(stores[0].public, np.arange(stores[0].public.rows))
+        return Reference(model.technique.init, data)
 
     def valid_sites(client: ClientId, round: int) -> Site:
         """The same sites, their validation rows in the place of the test rows."""

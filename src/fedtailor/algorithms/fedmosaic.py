@@ -1,4 +1,4 @@
-"""FedMosaic's RELA: each client's own mean of the others, by how alike their tasks are (Seo et al., arXiv 2506.11024).
+"""FedMosaic: each client's own mean of the others, by how alike their tasks are (Seo et al., arXiv 2506.11024): RELA and Co-LoRA.
 
 Every client trains a local tree L beside a frozen "global" one G, made for it alone; a gate g a module says how much of each answers.
     client i:  sketch: D = grad of the loss by one matrix at the initial tree, a batch at a time; the leading `share` of its rows, plus
@@ -17,17 +17,22 @@ technique's initial tree, frozen and the same everywhere, and the matrix is of t
 (LoRA's B; its A has no gradient there) or else the last. For `full` that is the last feed-forward matrix, as in the paper. Rows are its
 longer axis. The gradient is exact: the authors' keeps only the diagonal of the last RMSNorm's Jacobian. Where a part of the clients takes
 part their weights do not add up to 1; here they do, over everybody. Who is new is given the plain mean, which is also `model`.
-Co-LoRA, the paper's way across architectures, is left out: clients have one backbone and equal shapes.
+
+**Different models** (`clients.kinds`): with technique colora in all of them the pieces P and Q are averaged over all others, with w_i, and what
+else a tree has over those of the same kind, with w_i scaled to them; a client keeps its own where there is none. Before its first round a
+client whose backbone is not the server's aligns its frozen A and B with it on public rows (alignment.py). The server's model is the
+reference model of the sketches too, so every client runs it beside its own: choose the smallest. `model` is that model with the plain mean.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedtailor.algorithms.alignment import align
 from fedtailor.algorithms.cards import card
 from fedtailor.algorithms.checks import checks, difference, spoken
 from fedtailor.algorithms.fedavg import one_size
@@ -39,6 +44,7 @@ from fedtailor.core import (
     Flow,
     Forward,
     Job,
+    Kind,
     Loss,
     Message,
     Part,
@@ -51,17 +57,30 @@ from fedtailor.core import (
 )
 from fedtailor.errors import ConfigError
 from fedtailor.losses import Wrapped, beside
-from fedtailor.trees import lora_pairs, weighted_mean
+from fedtailor.techniques.colora import PIECES
+from fedtailor.trees import lora_pairs, signature, weighted_mean
 
 
 @card("personal", "|t| + its sketch", "|t|", "our reading")
 def fedmosaic(
-    job: Job, *, tau: float = 0.5, samples: int = 4, share: float = 0.4, noise: float = 1e-4, memory: float = 0.5
+    job: Job,
+    *,
+    tau: float = 0.5,
+    samples: int = 4,
+    share: float = 0.4,
+    noise: float = 1e-4,
+    memory: float = 0.5,
+    align_rows: int = 100,
+    align_steps: int = 100,
+    align_lr: float = 3e-3,
 ) -> Algorithm:
-    """RELA: a frozen mean of the others beside a local tree, weighted by the cosines of noisy gradients on a frozen reference model."""
+    """A frozen mean of the others beside a local tree, weighted by the cosines of noisy gradients on a frozen reference model."""
     one_size(job, "fedmosaic")
     if tau <= 0 or samples < 1 or not 0 < share <= 1 or noise < 0 or not 0 <= memory < 1:
         raise ConfigError("algorithm fedmosaic needs tau > 0, samples >= 1, 0 < share <= 1, noise >= 0 and 0 <= memory < 1")
+    if align_rows < 1 or align_steps < 0 or align_lr <= 0:
+        raise ConfigError("algorithm fedmosaic needs align_rows >= 1, align_steps >= 0 and align_lr > 0")
+    alike(job)
     loss, reference = gated(job.loss), beside(job.loss)
     look = Plan(steps=1, batch=job.plan.batch, optimizer="sgd", lr=1.0)  # what one such step takes away is the gradient
 
@@ -78,35 +97,53 @@ def fedmosaic(
             )
         # A factor whose partner starts at zero has no gradient; the partner has.
         places = {name: (t.dim() > 1, not t.any(), i) for i, (name, t) in enumerate(found.items())}
-        return {"params": params, "on": max(places, key=lambda name: places[name]), "trees": {}, "sketches": {}}
+        on = max(places, key=lambda name: places[name])
+        return {"params": params, "on": on, "trees": {}, "sketches": {}, **({"kinds": {}} if job.kinds else {})}
 
     def sanitised(gradient: Tensor, on: str) -> Tensor:
         return leading(of_last_layer({on: gradient})[on], share)
 
     def train(own: Tree | None, msg: Message, site: Site) -> Flow:
-        mine = own or {"params": site.init, "gates": closed(site.init)}
-        rows, on, draw = site.data["train"], msg.body["on"], site.random("fedmosaic")
+        mine = own or {"params": site.init, "gates": closed(site.init), "frozen": {}}
+        rows, on, draw, kind = site.data["train"], msg.body["on"], site.random("fedmosaic"), kind_of(site)
+        if not len(rows):
+            return own, Message("tree", {}, {"n": 0.0})
+        if not own and kind and not kind.same:
+            mine["frozen"] = yield from align(site, kind.frozen, job.frozen, align_rows, align_steps, align_lr)
+        start, read = (site.reference.init, site.reference.data["train"]) if site.reference else (site.init, rows)
         seen = []
-        for _ in range(samples if len(rows) else 0):
-            step = yield Fit(reference, {on: site.init[on]}, rows, {"rest": site.init}, look)
-            kept = sanitised(site.init[on] - step.params[on], on)
+        for _ in range(samples):
+            step = yield Fit(reference, {on: start[on]}, read, {"rest": start}, look, reference=bool(site.reference))
+            kept = sanitised(start[on] - step.params[on], on)
             seen.append(kept + noise * torch.randn(kept.shape, generator=draw))
-        start = {"local": mine["params"], "gates": mine["gates"]}
-        done = yield Fit(loss, start, rows, {"global": msg.body["global"]}, job.plan)
-        if not seen:
-            return own, Message("tree", {}, done.seen)
+        # What nobody else could give is the client's own last.
+        shared = {**mine["params"], **msg.body["global"]} if job.kinds else msg.body["global"]
+        done = yield Fit(
+            loss, {"local": mine["params"], "gates": mine["gates"]}, rows, {"global": shared, "rest": mine["frozen"]}, job.plan
+        )
         sketch = torch.stack(seen).mean(0)
         sketch = memory * own["sketch"] + (1 - memory) * sketch if own else sketch
-        new = {"params": done.params["local"], "gates": done.params["gates"], "global": msg.body["global"], "sketch": sketch}
-        return new, Message("tree", {"tree": new["params"], "sketch": sketch}, done.seen)
+        new = {**mine, "params": done.params["local"], "gates": done.params["gates"], "global": shared, "sketch": sketch}
+        info = {**done.seen, "kind": float(site.number % len(job.kinds))} if job.kinds else done.seen
+        return new, Message("tree", {"tree": new["params"], "sketch": sketch}, info)
+
+    def kind_of(site: Site) -> Kind | None:
+        return job.kinds[site.number % len(job.kinds)] if job.kinds else None
 
     def customised(state: State, client: ClientId, shares: Mapping[ClientId, Tensor]) -> Tree:
         trees = state["trees"]
         others = [c for c in trees if c != client]
         if client not in trees or not others:
-            return state["params"]  # type: ignore[no-any-return]
+            return {} if job.kinds else state["params"]
         each = dict(zip(trees, shares[client].tolist(), strict=True))
-        return weighted_mean([trees[c] for c in others], [each[c] for c in others])
+
+        def mean(those: list[ClientId], part: Callable[[Tree], Tree]) -> Tree:
+            return weighted_mean([part(trees[c]) for c in those], [each[c] for c in those]) if those else {}
+
+        if not job.kinds:
+            return mean(others, dict)
+        peers = [c for c in others if state["kinds"][c] == state["kinds"][client]]
+        return {**mean(others, pieces), **mean(peers, rest)}
 
     def round(state: State, cohort: list[ClientId]) -> Talk:
         shares = weights(state["sketches"], tau)
@@ -117,20 +154,34 @@ def fedmosaic(
         trees = {**state["trees"], **{c: dict(body["tree"].items()) for c, body in heard.items()}}
         sketches = {**state["sketches"], **{c: body["sketch"] for c, body in heard.items()}}
         names = sorted(trees)
-        mean = weighted_mean([trees[c] for c in names], [1.0] * len(names))
-        return {**state, "params": mean, "trees": {c: trees[c] for c in names}, "sketches": {c: sketches[c] for c in names}}
+        new = {**state, "trees": {c: trees[c] for c in names}, "sketches": {c: sketches[c] for c in names}}
+        if not job.kinds:
+            return {**new, "params": weighted_mean([trees[c] for c in names], [1.0] * len(names))}
+        kinds = {**state["kinds"], **{c: int(replies[c].info["kind"]) for c in heard}}
+        like = signature(state["params"])
+        peers = [c for c in names if job.kinds[kinds[c]].same and signature(trees[c]) == like]
+        params = {**state["params"], **weighted_mean([pieces(trees[c]) for c in names], [1.0] * len(names))}
+        params |= weighted_mean([rest(trees[c]) for c in peers], [1.0] * len(peers)) if peers else {}
+        return {**new, "params": params, "kinds": kinds}
 
     def personal(own: Tree | None, broadcast: Tree, site: Site) -> Tree:
-        return mixed(own["gates"], own["global"], own["params"]) if own else broadcast or site.init
+        return {**mixed(own["gates"], own["global"], own["params"]), **own["frozen"]} if own else broadcast or site.init
 
     def answer(state: State, cohort: list[ClientId]) -> Talk:
-        return (yield {c: Message("answer", {} if c in state["trees"] else state["params"]) for c in cohort})
+        new = {} if job.kinds else state["params"]  # a mean of P and Q is nothing to who has not aligned A and B
+        return (yield {c: Message("answer", {} if c in state["trees"] else new) for c in cohort})
 
     def sketched(letter: Message, reply: Message) -> str:
         if why := spoken(reply, ("tree",), ("n",)):
             return why
+        if not reply.info["n"]:
+            return difference(reply.body, {})
         tree, on = letter.body["global"], letter.body["on"]
-        return difference(reply.body, {"tree": tree, "sketch": sanitised(tree[on], on)} if reply.info["n"] else {})
+        if job.kinds:
+            if reply.info.get("kind") not in range(len(job.kinds)):
+                return f"it is of kind {reply.info.get('kind')}, and there are {len(job.kinds)}"
+            tree = job.kinds[int(reply.info["kind"])].init
+        return difference(reply.body, {"tree": tree, "sketch": sanitised(tree[on], on)})
 
     return Algorithm(
         init=init,
@@ -139,9 +190,47 @@ def fedmosaic(
         answer=answer,
         model=lambda state: state["params"],
         personal=personal,
+        of_all_kinds=True,
         updates=False,  # trees and sketches, not differences
         check=checks(job, train=sketched),
     )
+
+
+def alike(job: Job) -> None:
+    """Raises:
+    ConfigError: kinds of clients have no pieces of one size, or there is nothing to align their models on.
+    """
+    server = {name.removesuffix(".A"): t.shape[0] for name, t in job.frozen.items() if name.endswith(".A")}
+    for kind in job.kinds:
+        theirs = {name.removesuffix(".A"): t.shape[0] for name, t in kind.frozen.items() if name.endswith(".A")}
+        if not theirs or not server:
+            raise ConfigError(
+                "clients.kinds: of models that differ algorithm fedmosaic averages what technique colora has alike in all of them: set "
+                "technique.kind = 'colora' and leave the techniques of the kinds out, or set algorithm.kind to distil or local"
+            )
+        if theirs != server:
+            raise ConfigError(
+                f"clients.kinds: algorithm fedmosaic needs pieces alike in all models, and one has {spelled(theirs)}, the server's "
+                f"{spelled(server)}: give technique colora the same rank and blocks everywhere, and as many technique.target"
+            )
+        if not kind.same and not job.public:
+            raise ConfigError(
+                "clients.kinds: algorithm fedmosaic aligns models on examples that everybody has: set data.public (a data set, or a share)"
+            )
+
+
+def spelled(pieces: Mapping[str, int]) -> str:
+    blocks = {name.split(".")[1] for name in pieces}
+    return f"{len(blocks)} blocks of {len(pieces) // len(blocks)} modules, rank {max(pieces.values())}"
+
+
+def pieces(tree: Tree) -> Tree:
+    """What has one size in every model."""
+    return {name: t for name, t in tree.items() if name.startswith(PIECES)}
+
+
+def rest(tree: Tree) -> Tree:
+    return {name: t for name, t in tree.items() if not name.startswith(PIECES)}
 
 
 def leading(gradient: Tensor, share: float) -> Tensor:
@@ -183,11 +272,12 @@ def mixed(gates: Tree, shared: Tree, own: Tree) -> Tree:
 
 
 def gated(base: Loss) -> Loss:
-    """base of the mixture of "global" in `aux` and the params {"local", "gates"}."""
+    """base of the mixture of "global" in `aux` and the params {"local", "gates"}, beside "rest" in `aux`."""
     return _Gated(base)
 
 
 class _Gated(Wrapped):
     def __call__(self, forward: Forward, params: Tree, batch: Batch, aux: Tree) -> Tensor:
         _, base = self
-        return base(forward, mixed(params["gates"], aux["global"], params["local"]), batch, {})  # type: ignore[operator,no-any-return]
+        tree = {**mixed(params["gates"], aux["global"], params["local"]), **aux["rest"]}
+        return base(forward, tree, batch, {})  # type: ignore[operator,no-any-return]

@@ -103,7 +103,7 @@ class Clients:
 
     def _cost(self, client: ClientId, ask: Ask | list[Step], result: object) -> Iterator[tuple[float, float]]:
         """(operations, example passes) of what was asked for."""
-        workers = self.workers.of(client)
+        workers = self._who(client, ask)
         if isinstance(result, Fitted):
             yield result.seen["flops"], result.seen["examples"]
         elif isinstance(ask, Predict):
@@ -130,14 +130,18 @@ class Clients:
     def _by_kind(
         self, asks: dict[ClientId, Ask | list[Step]], random: Callable[[ClientId], torch.Generator], stacked: bool, pace: int
     ) -> Answers:
-        """Clients with the same model together."""
+        """What is asked of the same model together."""
         kinds: dict[int, dict[ClientId, Ask | list[Step]]] = {}
         for client, ask in asks.items():
-            kinds.setdefault(id(self.workers.of(client)), {})[client] = ask
+            kinds.setdefault(id(self._who(client, ask)), {})[client] = ask
         done: Answers = {}
         for part in kinds.values():
-            done |= answer(part, self.workers.of(next(iter(part))), random, stacked, pace)
+            done |= answer(part, self._who(*next(iter(part.items()))), random, stacked, pace)
         return done
+
+    def _who(self, client: ClientId, ask: Ask | list[Step]) -> Workers:
+        """Those with the model that the ask is about."""
+        return self.workers.of(SERVER if isinstance(ask, Fit | Predict) and ask.reference else client)
 
     def _keep(self, client: ClientId, own: Tree | None, memory: Tree) -> None:
         kept: Tree = {}

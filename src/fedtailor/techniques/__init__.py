@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from fedtailor.techniques.base import Technique
+from fedtailor.techniques.colora import colora
 from fedtailor.techniques.full import full
 from fedtailor.techniques.mixture import with_experts
 from fedtailor.techniques.peft import head, ia3, lora, peft, prefix, prompt
@@ -12,6 +13,7 @@ from fedtailor.techniques.retriever import retriever
 from fedtailor.techniques.template import template
 
 _ALONE: Mapping[str, Callable[..., Technique]] = {
+    "colora": colora,
     "full": full,
     "head": head,
     "ia3": ia3,

@@ -27,6 +27,10 @@ MEAN = "mean"
 """In a tree: the forward gives the mean hidden state before the last layer, (batch, width), in the place of logits."""
 
 
+WITHIN = "within"
+"""In a tree: names of weights; the forward gives what comes into the modules that have them, side by side: (batch, tokens, sum of widths)."""
+
+
 FRAME = ("frame.top", "frame.bottom", "frame.left", "frame.right")
 """In a tree: strips that are added to the border of every image (what pFedPT learns)."""
 
@@ -67,6 +71,7 @@ class Technique(NamedTuple):
     loss: Loss | None = None  # what it is trained with where its outputs are no logits
     metric: Callable[[Metric], Metric] | None = None  # and how they are judged
     reader: Reader | None = None  # what reads the passages that are found with it
+    frozen: Tree = {}  # tensors that stand still, under the names by which a tree may replace them
 
 
 def binder(
@@ -107,8 +112,12 @@ def binder(
                 inputs["pixel_values"] = framed(inputs["pixel_values"], params)
             bent: AbstractContextManager[None] = around(own, params) if around else nullcontext()
             seen: AbstractContextManager[list[Tensor]] = entering(own) if MEAN in params else nullcontext([])
+            if WITHIN in params:
+                seen = arriving([own.get_submodule(paths[name].rpartition(".")[0]) for name in params[WITHIN]])
             with bent, seen as came:
                 outputs = functional_call(own, swapped, (), inputs)
+            if WITHIN in params:
+                return torch.cat(came, -1).float()
             if came:
                 mask = batch.get("attention_mask", came[0].new_ones(came[0].shape[:2]))
                 return pooled(came[0][:, -mask.shape[1] :].float(), mask)  # a soft prompt stands before the text
@@ -143,6 +152,22 @@ def entering(model: nn.Module) -> Iterator[list[Tensor]]:
         yield came
     finally:
         hook.remove()
+
+
+@contextmanager
+def arriving(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """What comes into these modules while this is entered, in their order."""
+    came: list[Tensor] = [torch.empty(0)] * len(modules)
+
+    def look(place: int) -> Callable[..., None]:
+        return lambda module, given: came.__setitem__(place, given[0])
+
+    hooks = [module.register_forward_pre_hook(look(place)) for place, module in enumerate(modules)]
+    try:
+        yield came
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def pooled(hidden: Tensor, mask: Tensor) -> Tensor:

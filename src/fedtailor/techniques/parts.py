@@ -18,14 +18,14 @@ from fedtailor.techniques.peft import PROMPT, positions_taken
 
 def layers(technique: Technique) -> Layers | None:
     """How this technique's tree lies over its model's layers; None where the model has no list of layers, or where the technique is not
-    about them (a soft prompt makes texts longer, a retriever has no head).
+    about them (a soft prompt makes texts longer, a retriever has no head, Co-LoRA's pieces are alike in models of any depth).
 
     A tensor belongs to the layer whose number its name has; else to the front, if its name is of what comes before the layers, or to
     the back. A prefix has columns for every layer, in their order.
     """
     model: Any = technique.backbone.model
     base = model.base_model
-    if technique.loss or technique.kind == "template" or (PROMPT in technique.init and technique.kind != "prefix"):
+    if technique.loss or technique.kind in ("template", "colora") or (PROMPT in technique.init and technique.kind != "prefix"):
         return None
     if not any(isinstance(module, nn.ModuleList) and len(module) for module in base.modules()):
         return None

@@ -178,7 +178,7 @@ def _through_attention(backbone: Backbone, modules: list[nn.Module], sizes: dict
     def merge(tree: Tree, folder: Path) -> None:
         raise _unmergeable(config.peft_type)
 
-    return Technique("prefix", backbone, initial, _fixed, bind, save, merge)
+    return Technique("prefix", backbone, initial, fixed, bind, save, merge)
 
 
 def head(backbone: Backbone) -> Technique:
@@ -194,7 +194,7 @@ def head(backbone: Backbone) -> Technique:
     return technique._replace(
         kind="head",
         init=inside,
-        resized=_fixed,
+        resized=fixed,
         save=lambda tree, folder: technique.save(whole(tree), folder),
         merge=lambda tree, folder: technique.merge(whole(tree), folder),
     )
@@ -234,7 +234,9 @@ def peft(backbone: Backbone, **config: Any) -> Technique:
             f"technique '{config['peft_type']}' does not fit this model: {(str(error) or 'no memory').splitlines()[0]}"
         ) from error
     peft_config = model.peft_config["default"]
-    saved = get_peft_model_state_dict(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LoRA tensor", UserWarning)  # it takes a bias of LoRA's for a matrix with a lost axis
+        saved = get_peft_model_state_dict(model)
     paths = _paths(model, saved)
     parameters = dict(model.named_parameters())
     initial = detached({name: parameters[path] for name, path in paths.items()})
@@ -274,7 +276,7 @@ def peft(backbone: Backbone, **config: Any) -> Technique:
 
     def resized(rank: int) -> Tree:
         if config["peft_type"] != "LORA":
-            return _fixed(rank)
+            return fixed(rank)
         other = peft(backbone, **{**config, "r": rank, "lora_alpha": scaling * rank})
         return other.init
 
@@ -307,7 +309,7 @@ def positions_taken(technique: Technique) -> int:
     return technique.init[PROMPT].shape[0] if PROMPT in technique.init else 0
 
 
-def _fixed(size: int) -> Tree:
+def fixed(size: int) -> Tree:
     raise ConfigError("clients.ranks is for technique lora, clients.lengths for prefix and prompt: this one has neither")
 
 
