@@ -37,6 +37,11 @@ def section(kind: str, count: int = 8, **options: Any) -> ClientsSection:
     return ClientsSection(count=count, partition=PartitionSection(kind=kind, **options))
 
 
+@pytest.fixture(autouse=True)
+def drawn_anew() -> None:
+    partition.printed.cache_clear()
+
+
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Draw in this process: what is drawn is the same (a test below says so), and a start of Python less a test."""
@@ -46,9 +51,9 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return SimpleNamespace(returncode=0, stdout=json.dumps(partition.draw(**json.loads(input))))
+                return SimpleNamespace(returncode=0, stdout=json.dumps(partition.draw(**json.loads(input))), stderr="")
         except Exception as error:
-            return SimpleNamespace(returncode=1, stderr=str(error))
+            return SimpleNamespace(returncode=1, stdout="", stderr=str(error))
 
     known = set(sys.modules)
     monkeypatch.setattr(partition.subprocess, "run", run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -141,7 +142,6 @@ def _checked(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _drawn(rows: Rows, kind: str, count: int, seed: int, options: dict[str, Any]) -> list[np.ndarray]:
-    """Drawn in a process of its own: flwr-datasets loads table libraries (90 MB) that nothing else here needs."""
     from fedtailor.core import seed_of
 
     asked = {
@@ -152,13 +152,21 @@ def _drawn(rows: Rows, kind: str, count: int, seed: int, options: dict[str, Any]
         "rows": len(rows),
         "labels": [int(k) for k in rows["label"]] if "label" in rows.column_names else None,
     }
+    code, said, failed = printed(json.dumps(asked))
+    if code:
+        last = (failed.strip().splitlines() or ["no message"])[-1]
+        raise DataError(f"partition '{kind}' cannot be drawn for {count} clients and {len(rows)} rows: {last}")
+    return [np.asarray(part, dtype=np.int64) for part in json.loads(said)]
+
+
+@functools.lru_cache(maxsize=64)
+def printed(asked: str) -> tuple[int, str, str]:
+    """(exit code, standard output, standard error) of a process of its own that draws: flwr-datasets loads table libraries (90 MB) that
+    nothing else here needs, and takes two seconds. The cases of a comparison ask for few different draws."""
     # -P: a file that happens to lie in the working directory must not stand in for a library.
     command = [sys.executable, "-P", "-W", "ignore", "-m", "fedtailor.data.partition"]
-    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise DataError(f"partition '{kind}' cannot be drawn for {count} clients and {len(rows)} rows: {last}")
-    return [np.asarray(part, dtype=np.int64) for part in json.loads(done.stdout)]
+    done = subprocess.run(command, input=asked, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
 
 
 def draw(kind: str, count: int, seed: int, options: Mapping[str, Any], rows: int, labels: list[int] | None) -> list[list[int]]:
