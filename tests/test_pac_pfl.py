@@ -22,6 +22,9 @@ Federation = Callable[..., Outcome]
 Maker = Callable[..., World]
 WHOLE = Plan(epochs=1, batch=16)  # all of a client's rows at once
 HEAD: dict[str, Any] = {"technique": "head", "plan": WHOLE}
+PREFIX: dict[str, Any] = {"technique": "prefix", "topts": {"length": 1, "head": "frozen"}, "plan": WHOLE}
+both_ways = pytest.mark.parametrize("case", [HEAD, PREFIX], ids=["head", "prefix"])
+"""A linear head is judged on what enters it, another tree through the model."""
 
 
 def noise(client: str, turn: int, draws: int, size: int) -> torch.Tensor:
@@ -74,10 +77,11 @@ def test_the_factor_has_the_harmonic_mean() -> None:
     torch.testing.assert_close(toward(slopes, [4.0, 6.0, 12.0]), (h / (h + 3) * sum(slopes)).double())
 
 
+@both_ways
 @pytest.mark.parametrize("beta", [0.0, 1.0])
-def test_a_client_sends_the_gradients_of_its_mll(beta: float, federation: Federation) -> None:
+def test_a_client_sends_the_gradients_of_its_mll(beta: float, case: dict[str, Any], federation: Federation) -> None:
     """And their values; `beta` = 0 is the number of its rows."""
-    done = federation("pac_pfl", options={"particles": 2, "draws": 3, "beta": beta}, rounds=1, **HEAD)
+    done = federation("pac_pfl", options={"particles": 2, "draws": 3, "beta": beta}, rounds=1, **case)
     for seen in done.log:
         if seen.reply.verb != "slopes":
             continue
@@ -92,16 +96,17 @@ def test_a_client_sends_the_gradients_of_its_mll(beta: float, federation: Federa
 def test_in_batches_it_is_the_mean_over_them(federation: Federation) -> None:
     """One draw: mll is minus a mean loss, and two equal batches of a client's six rows have the mean of all six."""
     options = {"particles": 1, "draws": 1}
-    whole = federation("pac_pfl", options=options, rounds=1, **HEAD)
-    parts = federation("pac_pfl", options=options, rounds=1, technique="head", plan=WHOLE._replace(batch=3))
+    whole = federation("pac_pfl", options=options, rounds=1, **PREFIX)
+    parts = federation("pac_pfl", options=options, rounds=1, **{**PREFIX, "plan": WHOLE._replace(batch=3)})
     a, b = (next(s.reply.body["slopes"] for s in done.log if s.client == "c0") for done in (whole, parts))
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
-def test_one_particle_without_a_hyper_prior_goes_up_the_mean_mll(federation: Federation) -> None:
+@both_ways
+def test_one_particle_without_a_hyper_prior_goes_up_the_mean_mll(case: dict[str, Any], federation: Federation) -> None:
     """Torch's Adam on |T| h / (h + |T|) times the mean of the clients' mll."""
     options = {"particles": 1, "draws": 2, "lam": 0.0, "lr": 0.05}
-    done = federation("pac_pfl", options=options, rounds=3, **HEAD)
+    done = federation("pac_pfl", options=options, rounds=3, **case)
     start = next(seen.letter.body["particles"] for seen in done.log)[0]
     theta = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([theta], lr=0.05)
@@ -139,8 +144,9 @@ def test_weights_are_those_of_bayes() -> None:
     assert float(log_marginal(found, 1e-6)[0]) == pytest.approx(-float(found[0].mean()), abs=1e-5)
 
 
-def test_probabilities_are_averaged_by_those_weights(federation: Federation) -> None:
-    done = federation("pac_pfl", options={"particles": 2, "draws": 3}, rounds=2, **HEAD)
+@both_ways
+def test_probabilities_are_averaged_by_those_weights(case: dict[str, Any], federation: Federation) -> None:
+    done = federation("pac_pfl", options={"particles": 2, "draws": 3}, rounds=2, **case)
     here, thetas = done.world, done.state["particles"]
     for client, rows in (("c0", 6), ("c2", 8)):
         trees = torch.stack([drawn(theta, noise(client, 2, 3, thetas.shape[1] // 2)) for theta in thetas])
@@ -155,7 +161,7 @@ def test_probabilities_are_averaged_by_those_weights(federation: Federation) -> 
 
 def test_a_newcomer_predicts_as_who_took_part(federation: Federation) -> None:
     """A mixture is found from the particles and the client's rows, and from nothing that it kept."""
-    some = federation("pac_pfl", rounds=1, cohorts={1: ["c0", "c1"]}, **HEAD)
+    some = federation("pac_pfl", rounds=1, cohorts={1: ["c0", "c1"]}, **PREFIX)
     assert not some.own["c2"]
     here, letter = some.world, Message("answer", {"particles": some.state["particles"]}, {"turn": 1.0})
     weights: dict[str, torch.Tensor] = {}
@@ -167,6 +173,26 @@ def test_a_newcomer_predicts_as_who_took_part(federation: Federation) -> None:
         weights[str(own)] = flow.send(told).params["weights"]
     first, second = weights.values()
     assert torch.equal(first, second)
+
+
+def test_a_row_goes_through_the_model_once(federation: Federation) -> None:
+    """What enters a head is kept by its client, and by nobody else: exchanges and rounds ask the model for nothing more."""
+    done = federation("pac_pfl", options={"exchanges": 3}, rounds=2, flops=lambda rows, width: float(rows), **HEAD)
+    for i, client in enumerate(done.world.clients):
+        data = done.world.sites(client, 1).data["train"]
+        batch = data.batch(range(len(data)), int(data.lengths.max()), len(data))
+        model, came = done.world.technique.backbone.model, list[torch.Tensor]()
+        hook = model.classifier.register_forward_pre_hook(lambda m, given, came=came: came.append(given[0]))
+        with torch.no_grad():
+            model(**{n: t for n, t in batch.items() if n != "labels"})
+        hook.remove()
+        torch.testing.assert_close(done.own[client]["features"], came[0], atol=1e-5, rtol=1e-4)
+        here, letter = done.world, Message("train", {"particles": done.state["particles"]}, {"turn": 6.0})
+        flow = here.algorithm.client["train"](done.own[client], letter, here.sites(client, 3))
+        with pytest.raises(StopIteration):
+            next(flow)  # it replies without asking
+        assert done.ledger.clients[client].get("examples", 0.0) == 0.0, i
+    assert not any("features" in s.reply.body for s in done.log)
 
 
 def test_what_crosses_is_counted(federation: Federation) -> None:

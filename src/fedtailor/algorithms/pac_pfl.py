@@ -12,9 +12,11 @@ reading** for a tree h of d numbers (PACOH's device; whether the paper's own exp
     mll_i(theta) = (1/beta) ln (1/J) sum_j exp(-beta L_i(h_j)),  L_i the mean loss; `beta` = 0 takes m_i: (1/m_i) ln p(y | X, theta), as theirs
     p(y | x, theta_k, data) = sum_j w_kj p(y | x, h_kj),  w_kj in proportion to exp(-beta L_i(h_kj)): the prior's draws, reweighted
 The hyper-prior is N(technique's start, `wide`^2) for means and N(ln `std`, 0.5^2) for log stds, and the K particles are draws of it. z_j
-are the same for all particles, so that particles differ and luck does not. A gradient is the mean over the batches of a pass; with
-`train.batch` of a client's rows or more it is exact. The wire: 2 K d numbers down, 2 K d + K + 1 up, `exchanges` times a round.
-Of [train], epochs or steps, batch, clip and dropout count: rate and optimiser are the server's. The authors' private variant is left out.
+are the same for all particles, so that particles differ and luck does not. The wire: 2 K d numbers down, 2 K d + K + 1 up, `exchanges` times
+a round. A tree that is one linear head (linear_heads.py) is judged on what enters it, which a client computes once and keeps: gradients are
+then of all its rows together, and an exchange costs next to nothing. Otherwise a gradient is the mean over the batches of a pass, exact
+with `train.batch` of a client's rows or more, and of [train] epochs or steps, batch, clip and dropout count. Rate and optimiser are the
+server's in any case. The authors' private variant is left out.
 """
 
 from __future__ import annotations
@@ -25,15 +27,18 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fedtailor.algorithms.cards import card
 from fedtailor.algorithms.checks import COUNTS, checks, difference, spoken
 from fedtailor.algorithms.fedavg import one_size
+from fedtailor.algorithms.linear_heads import Head, features, linear_head, logits
 from fedtailor.core import (
     Algorithm,
     Batch,
     ClientId,
+    Examples,
     Fit,
     Flow,
     Forward,
@@ -65,10 +70,10 @@ def pac_pfl(
     particles: int = 4,
     draws: int = 4,
     beta: float = 0.0,
-    lam: float = 0.01,
-    lr: float = 0.01,
+    lam: float = 1e-4,
+    lr: float = 0.03,
     bandwidth: float = 0.0,
-    wide: float = 0.1,
+    wide: float = 1.0,
     std: float = 0.05,
     exchanges: int = 1,
     most: int = 50_000,
@@ -101,17 +106,26 @@ def pac_pfl(
     def train(own: Tree | None, msg: Message, site: Site) -> Flow:
         thetas, rows, shapes = msg.body["particles"], site.data["train"], shapes_of(site.init)
         z = torch.randn((draws, thetas.shape[1] // 2), generator=stream(site.seed, "pac_pfl", site.id, int(msg.info["turn"])))
-        aux = {"noise": z, "beta": torch.tensor(beta or float(max(len(rows), 1)))}
-        slopes, mlls = [], []
-        for theta in thetas:
-            done = yield Fit(
-                marginal(job.loss, shapes), {"up": torch.zeros_like(theta)}, rows, {**aux, "theta": theta}, plan, passes=draws
-            )
-            slopes.append(done.params["up"] / max(done.seen["steps"], 1.0))
-            mlls.append(-done.seen["loss"])
-        mll, n = torch.tensor(mlls), float(len(rows))
+        heat, kept = beta or float(max(len(rows), 1)), {}
+        if (head := head_of(site)) and len(rows):
+            kept = {"features": own["features"] if own else (yield look(site, rows, head))["features"]}
+            slopes, mll = of_heads(thetas, z, heat, kept["features"], rows.column("labels"))
+        else:
+            aux, found = {"noise": z, "beta": torch.tensor(heat)}, []
+            for theta in thetas:
+                loss, start = marginal(job.loss, shapes), {"up": torch.zeros_like(theta)}
+                found.append((yield Fit(loss, start, rows, {**aux, "theta": theta}, plan, passes=draws)))
+            slopes = torch.stack([done.params["up"] / max(done.seen["steps"], 1.0) for done in found])
+            mll = torch.tensor([-done.seen["loss"] for done in found])
+        n = float(len(rows))
         seen = {"n": n, "loss": -float(mll.mean()), "turn": msg.info["turn"]}
-        return {"weights": (n * mll).softmax(0)}, Message("slopes", {"slopes": torch.stack(slopes), "mll": mll}, seen)
+        return {**kept, "weights": (n * mll).softmax(0)}, Message("slopes", {"slopes": slopes, "mll": mll}, seen)
+
+    def head_of(site: Site) -> Head | None:
+        return linear_head(site.init) if job.loss is classification else None
+
+    def look(site: Site, rows: Examples, head: Head) -> Predict:
+        return Predict(partial(features, head=head), site.init, rows)
 
     def round(state: State, cohort: list[ClientId]) -> Talk:
         for _ in range(exchanges):
@@ -141,14 +155,24 @@ def pac_pfl(
         z = torch.randn((draws, thetas.shape[1] // 2), generator=stream(site.seed, "pac_pfl", site.id, int(msg.info["turn"])))
         trees, count = torch.stack([drawn(theta, z) for theta in thetas]).flatten(0, 1), particles * draws
         losses = torch.zeros(particles, draws)
-        if len(rows):
+        head, judge, passes = head_of(site), partial(mixed, job.judge, shapes), count
+        if head:
+            judge, passes = partial(mixed_heads, job.judge, head), 1
+        if len(rows) and head:
+            inputs = own["features"] if own and "features" in own else (yield look(site, rows, head))["features"]
+            losses = losses_of_heads(trees, inputs, rows.column("labels")).double().view(particles, draws)
+        elif len(rows):
             told = yield Predict(partial(losses_of, job.judge, shapes), {"trees": trees}, rows, passes=count)
             losses = (told["nll"].double().sum(0) / told["of"].double().sum().clamp_min(1)).view(particles, draws)
-        mixture = {"trees": trees, "weights": shares(losses, len(rows), beta or float(max(len(rows), 1))).flatten().float()}
+        mixture = {
+            "start": site.init,
+            "trees": trees,
+            "weights": shares(losses, len(rows), beta or float(max(len(rows), 1))).flatten().float(),
+        }
         body: Tree = {}
         for split in ("test", "global"):
             if split in site.data and len(site.data[split]):
-                outputs = yield Predict(partial(mixed, job.judge, shapes), mixture, site.data[split], passes=count)
+                outputs = yield Predict(judge, mixture, site.data[split], passes=passes)
                 body[split] = job.tally(outputs)
         return own, Message("judged", body, {"n": float(len(site.data.get("test", ())))})
 
@@ -244,6 +268,23 @@ def shares(losses: Tensor, rows: int, beta: float) -> Tensor:
     return (rows * log_marginal(losses, beta)).softmax(0)[:, None] * (-beta * losses).softmax(1)
 
 
+def of_heads(thetas: Tensor, z: Tensor, beta: float, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(gradients of mll (K, 2 d), mll (K,)) of priors over a linear head, from all rows together."""
+    with torch.enable_grad():
+        leaf = thetas.detach().clone().requires_grad_()
+        heads = torch.cat([drawn(theta, z) for theta in leaf])
+        mll = log_marginal(losses_of_heads(heads, inputs, labels).view(len(thetas), len(z)), beta)
+        mll.sum().backward()
+    assert leaf.grad is not None
+    return leaf.grad, mll.detach()
+
+
+def losses_of_heads(heads: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
+    """The mean loss of each of these flat heads: (n,)."""
+    said = logits(heads, inputs)
+    return F.cross_entropy(said.flatten(0, 1), labels.repeat(len(heads)), reduction="none").view(len(heads), -1).mean(1)
+
+
 def losses_of(judge: Any, shapes: Shapes, forward: Forward, params: Tree, batch: Batch) -> Tree:
     """Rows of {nll (a column a tree), of (what they are summed over)}."""
     told = [judge(forward, as_tree(h, shapes), batch) for h in params["trees"]]
@@ -260,5 +301,16 @@ def mixed(judge: Any, shapes: Shapes, forward: Forward, params: Tree, batch: Bat
         for weight, h in zip(params["weights"], params["trees"], strict=True):
             total = total + weight * forward(as_tree(h, shapes), batch).softmax(-1)
         return total.clamp_min(torch.finfo(total.dtype).tiny).log()
+
+    return judge(average, params, batch)  # type: ignore[no-any-return]
+
+
+def mixed_heads(judge: Any, head: Head, forward: Forward, params: Tree, batch: Batch) -> Tree:
+    """`mixed` for linear heads: one pass through the model."""
+
+    def average(params: Tree, batch: Batch) -> Tensor:
+        chances = logits(params["trees"], features(forward, params["start"], batch, head)["features"]).softmax(-1)
+        mean = torch.einsum("t,trc->rc", params["weights"], chances)
+        return mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
 
     return judge(average, params, batch)  # type: ignore[no-any-return]
