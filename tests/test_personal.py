@@ -208,3 +208,44 @@ def test_every_personal_system_stands_in_the_leaderboard() -> None:
     found = {case.values["algorithm"]["kind"] for case in cases(load(experiment, preset="small"))}
     assert found - personal == {"local", "fedavg", "pooled"}
     assert personal - found == elsewhere
+
+
+# The leaderboard's tables
+
+
+def test_the_leaderboards_tables_say_what_the_rows_say(tmp_path: Path) -> None:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location(
+        "personal_table", Path(__file__).parents[1] / "experiments" / "personal_table.py"
+    )
+    assert spec
+    assert spec.loader
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+
+    def row(name: str, scores: list[float], flops: float, **more: float) -> dict[str, Any]:
+        measures = {
+            "clients_worst_decile": 0.2,
+            "bytes_up_per_client_round": 2500.0,
+            "bytes_down_per_client_round": 0.0,
+            "flops_total": flops,
+            **more,
+        }
+        values = [{"seed": seed, "clients_mean": score} for seed, score in enumerate(scores)]
+        each = {m: made.interval([v]) for m, v in measures.items()}
+        return {"name": f"T, {name}", "seeds": len(scores), "clients_mean": made.interval(scores), "values": values, **each}
+
+    rows = [
+        row("local", [0.5, 0.6, 0.7], 2.0),
+        row("fedavg", [0.4, 0.4, 0.4], 4.0),
+        row("fedfomo", [0.6, 0.7, 0.8], 10.0, newcomers_mean=0.25),
+    ]
+    systems = made.bare([*rows, {"name": "T, majority", "global_test": made.interval([0.3])}], "T")
+    assert [system["name"] for system in systems] == ["fedfomo", "local", "fedavg"]
+    lines = made.table(systems)[2:]
+    # Gains are paired: each seed is 0.1 better, without a spread.
+    assert lines[0] == "| **fedfomo** | 3 | 0.700 ± 0.248 | +0.100 | 0.200 | 0.250 | - | 2.5 | 0.0 | 2.5 x |"
+    assert lines[2].startswith("| fedavg | 3 | 0.400 | -0.200 ± 0.248 |")
+    made.picture({"T": rows}, tmp_path)
+    assert (tmp_path / "leaderboard.svg").stat().st_size > 5000
