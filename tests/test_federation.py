@@ -70,3 +70,22 @@ def test_what_is_simulated_is_what_is_deployed(three: Owners, tmp_path: Path, se
         kept = "ends.json" if "front" in made else "gate.safetensors" if "experts" in made else "adapter_config.json"
         assert (Path(told["adapter"]) / kept).is_file() or sections.get("technique") == {"kind": "full"}
     assert read(tmp_path / "run" / "summary.json")["state_hash"] == alone["state_hash"]
+
+
+def test_members_of_different_models(three: Owners, folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """Each aligns its own model with the server's, and the pieces that cross make the simulation's state."""
+    sections: dict[str, Any] = {
+        "algorithm": {"kind": "fedmosaic", "samples": 1, "align_rows": 8, "align_steps": 10},
+        "technique": {"kind": "colora", "rank": 2, "blocks": 2},
+        "data": {"public": str(three.public)},
+        "clients": {"kinds": [{}, {"model": {"name": str(folders("distilbert"))}}]},
+    }
+    alone = three.simulated(tmp_path / "simulated", **sections)
+    served = federated(three, tmp_path, **sections)
+    assert isinstance(served.summary, dict), (served.summary, served.notices)
+    same = ["state_hash", "clients_mean", "bytes_total", "flops_total"]
+    assert {k: served.summary[k] for k in same} == {k: alone[k] for k in same}
+    for name in NAMES:
+        told = served.members[name]
+        assert isinstance(told, dict), told
+        assert ("distilbert" in (Path(told["adapter"]) / "adapter_config.json").read_text(encoding="utf-8")) == (name == "north")
