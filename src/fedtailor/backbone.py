@@ -106,7 +106,19 @@ def load(
     model.requires_grad_(False).eval().to(device)
     backbone = Backbone(model, processor, kind, source, labels)
     whole = extra and not (reads_words or embeds or made)
-    return backbone._replace(unread=where_others_go_unread(backbone)) if whole else backbone
+    return backbone._replace(unread=_unread(backbone)) if whole else backbone
+
+
+_KNOWN: dict[Any, str | None] = {}
+
+
+def _unread(backbone: Backbone) -> str | None:
+    """`where_others_go_unread`, tried once in a process for each architecture: what is read does not depend on the weights."""
+    model: Any = backbone.model
+    made = type(model), model.dtype, model.config.to_json_string()
+    if made not in _KNOWN:
+        _KNOWN[made] = where_others_go_unread(backbone)
+    return _KNOWN[made]
 
 
 def _class(auto: Any, source: str, config: ModelSection) -> type[Any]:

@@ -22,7 +22,7 @@ from fedtailor.equip import Facts, Kit, Model, equip
 from fedtailor.errors import ConfigError, DataError, nearest
 from fedtailor.ledger import count_flops
 from fedtailor.losses import language
-from fedtailor.trees import numel, tree_map
+from fedtailor.trees import leaves, numel, signature, tree_map
 
 OWN = "own"
 """The name of data that is not here."""
@@ -208,8 +208,25 @@ def _told(facts: Facts, source: Source) -> Facts:
     return facts._replace(public=len(source.public) if source.public else 0)
 
 
+_COUNTED: dict[Any, tuple[Flops, Flops]] = {}
+
+
 def _counted(model: Model, kit: Kit, ragged: bool) -> tuple[Flops, Flops]:
-    """What a training step and a forward pass cost with this kit, (rows, width) -> operations."""
+    """What a training step and a forward pass cost with this kit, (rows, width) -> operations; counted once in a process for all models
+    and trees of the same shapes, unless a tree has texts."""
+    network: Any = kit.backbone.model
+    sections = model.experiment.technique, *model.experiment.clients.kinds
+    made = type(network), network.dtype, network.config.to_json_string(), *(s.model_dump_json() for s in sections)
+    key = *made, kit.technique.kind, signature(kit.technique.init), model.job.loss, model.job.device, ragged
+    if key in _COUNTED:
+        return _COUNTED[key]
+    found = _count(model, kit, ragged)
+    if all(isinstance(leaf, torch.Tensor) for _, leaf in leaves(kit.technique.init)):
+        _COUNTED[key] = found
+    return found
+
+
+def _count(model: Model, kit: Kit, ragged: bool) -> tuple[Flops, Flops]:
     job, technique = model.job, kit.technique
     forward = technique.bind(False)
 
@@ -225,7 +242,7 @@ def _counted(model: Model, kit: Kit, ragged: bool) -> tuple[Flops, Flops]:
     looks = count_flops(forward, None, tree, batch_of, ragged)
     flops = count_flops(forward, job.loss, tree, batch_of, ragged) if numel(technique.init) else looks
     each = technique.passes([technique.init])  # that a row was read more than once is said by the one who asks
-    return flops, lambda rows, width: looks(rows, width) / each
+    return flops, lambda rows, width: looks(rows, width) / each  # of numbers alone: nothing here keeps a model
 
 
 class Stores(NamedTuple):
