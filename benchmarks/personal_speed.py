@@ -42,6 +42,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {  # what an algorithm cannot d
     "distil": {"data": {"public": 0.2}},
     "adaptive-prefix": {"technique": {"length": 20}},
     "fed_influence": {"train": {"optimizer": "sgd"}},
+    "pac_pfl": {"technique": {"kind": "head"}},  # another tree is too large for its particles
 }
 
 
@@ -103,6 +104,8 @@ def personal() -> list[str]:
 
 
 def technique_of(kind: str) -> str:
+    if asked := SETTINGS.get(kind, {}).get("technique", {}).get("kind"):
+        return str(asked)
     takes: str = ALGORITHMS[kind].card.takes  # type: ignore[attr-defined]
     named = [word.strip(",;") for word in takes.split() if word.strip(",;") in TECHNIQUES]
     return "lora" if takes in (ANY, HEADED) or "lora" in named else (named or ["lora"])[0]
