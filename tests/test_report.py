@@ -202,6 +202,13 @@ def test_several_runs(tmp_path: Path) -> None:
     assert seen.count("h1") == 1
 
 
+def test_cases_of_one_task_are_called_by_what_differs(tmp_path: Path) -> None:
+    runs = [folder(tmp_path / f"FDU_MTL_{case}" / "seed-0") for case in ("fed_avg", "local")]
+    seen = page(tmp_path, *runs)
+    assert "fed_avg" in seen.text
+    assert "MTL_local" not in seen.text
+
+
 def test_runs_of_different_metrics_have_curves_of_their_own(tmp_path: Path) -> None:
     runs = [folder(tmp_path / "a", name="one"), folder(tmp_path / "b", name="two", metric="perplexity", labels=())]
     seen = page(tmp_path, *runs)

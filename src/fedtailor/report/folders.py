@@ -161,7 +161,7 @@ def _lines(text: str) -> list[dict[str, Any]]:
 
 
 def _labels(names: list[str], folders: Sequence[Path]) -> list[str]:
-    """The experiments' names where they differ, else the parts of the paths that differ, else numbered."""
+    """The experiments' names where they differ, else what differs of the paths, else numbered."""
     if len(set(names)) == len(names):
         return names
     paths = [list(folder.absolute().parts) for folder in folders]
@@ -169,7 +169,10 @@ def _labels(names: list[str], folders: Sequence[Path]) -> list[str]:
         paths = [p[1:] for p in paths]
     while all(len(p) > 1 for p in paths) and len({p[-1] for p in paths}) == 1:
         paths = [p[:-1] for p in paths]
-    labels = ["/".join(p) for p in paths]
+    words = ["/".join(p).split("_") for p in paths]  # cases of one task: TASK_CASE
+    while all(len(w) > 1 for w in words) and len({w[0] for w in words}) == 1:
+        words = [w[1:] for w in words]
+    labels = ["_".join(w) for w in words]
     return labels if len(set(labels)) == len(labels) else [f"{label} ({i})" for i, label in enumerate(labels, 1)]
 
 
