@@ -15,6 +15,7 @@ import tomli_w
 
 from fedtailor.errors import ConfigError, DataError
 from fedtailor.report import write
+from fedtailor.report.folders import read
 
 COLUMNS = ("letters", "replies", "bytes_down", "bytes_up", "flops", "simulated_seconds", "examples")
 
@@ -204,9 +205,9 @@ def test_several_runs(tmp_path: Path) -> None:
 
 def test_cases_of_one_task_are_called_by_what_differs(tmp_path: Path) -> None:
     runs = [folder(tmp_path / f"FDU_MTL_{case}" / "seed-0") for case in ("fed_avg", "local")]
-    seen = page(tmp_path, *runs)
-    assert "fed_avg" in seen.text
-    assert "MTL_local" not in seen.text
+    assert [run.label for run in read(runs)] == ["fed_avg", "local"]
+    again = [*runs, folder(tmp_path / "FDU_MTL_local" / "seed-1")]
+    assert [run.label for run in read(again)] == ["fed_avg/seed-0", "local/seed-0", "local/seed-1"]
 
 
 def test_runs_of_different_metrics_have_curves_of_their_own(tmp_path: Path) -> None:
