@@ -20,7 +20,7 @@ from fedtailor.config import load
 
 HERE = Path(__file__).parent
 FILE = HERE / "personal.toml"
-BASELINES = ("local", "fedavg", "pooled", "finetune", "fedper", "fedrep", "fedbabu", "ditto", "apfl", "fedala")
+BASELINES = ("local", "fedavg", "fedavg, head", "pooled", "finetune", "fedper", "fedrep", "fedbabu", "ditto", "apfl", "fedala")
 Row = dict[str, Any]
 
 
