@@ -394,12 +394,12 @@ def test_operations_of_several_tokens_are_not_counted_twice(folders: Callable[[s
     from torch.utils.flop_counter import FlopCounterMode
 
     from fedtailor.equip import Kit
-    from fedtailor.simulation import _counted
+    from fedtailor.simulation import _count
 
     backbone = load(ModelSection(name=str(folders("gpt2"))), "text", LABELS, reads_words=True)
     technique = template(backbone, labels=["w1 w2", "w3; w4 w5", "fox"])
     model = type("M", (), {"job": Job(len, len, len)})()  # type: ignore[arg-type]
-    _, looks = _counted(model, Kit(backbone, technique), True)
+    _, looks = _count(model, Kit(backbone, technique), True)
     rows = encode(Rows({"text": ["fox dog fox dog"], "label": [0]}), "text", backbone.processor, 64)
     batch = Subset(rows, range(1)).batch(range(1), 6, 1)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
