@@ -24,7 +24,7 @@ from fedtailor.backbone import locate, quiet
 from fedtailor.compare import compare, markdown
 from fedtailor.config import parse
 from fedtailor.core import SERVER, Predict, Tree
-from fedtailor.engines.answering import answer
+from fedtailor.engines.answering import answer, drive
 from fedtailor.evaluation import workers
 from fedtailor.simulation import World, build
 
@@ -93,15 +93,13 @@ def alignment(small: str) -> None:
     print("| steps | rate | relative squared error | cosine |\n|---|---|---|---|")
     print("| as drawn | | {:.3f} | {:.3f} |".format(*nearness(world, crew, client, {})))
     for steps, rate in ((0, 1e-3), (100, 5e-5), (100, 1e-3), (100, 3e-3), (100, 1e-2), (300, 3e-3)):
-        flow, result = align(site, kind.frozen, world.job.frozen, SEEN, steps, rate), None
-        while True:
-            try:
-                ask = flow.send(result)
-            except StopIteration as end:
-                found = end.value
-                break
-            who = SERVER if ask.reference else client
-            result = answer({who: ask}, crew.of(who), lambda c: torch.Generator(), False)[who]
+        flow: Any = align(site, kind.frozen, world.job.frozen, SEEN, steps, rate)
+
+        def answered(asks: dict[str, Any]) -> dict[str, Any]:
+            who = crew.of(SERVER if asks[client].reference else client)
+            return answer(asks, who, lambda c: torch.Generator(), False)
+
+        found = drive({client: flow}, answered)[client]
         print(f"| {steps} | {rate:g} | " + "{:.3f} | {:.3f} |".format(*nearness(world, crew, client, found)), flush=True)
 
 

@@ -107,7 +107,7 @@ def gain(row: Row, local: Row | None) -> dict[str, float] | None:
     """Over local training, seed by seed."""
     there = {v["seed"]: v["clients_mean"] for v in local["values"]} if local else {}
     differences = [v["clients_mean"] - there[v["seed"]] for v in row["values"] if v["seed"] in there]
-    return {**interval(differences), "count": len(differences)} if differences else None
+    return interval(differences) if differences else None
 
 
 def spelled(measure: dict[str, float] | None, sign: str = "") -> str:

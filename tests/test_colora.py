@@ -18,7 +18,7 @@ from fedtailor.algorithms.fedmosaic import mixed, pieces, rest, weights
 from fedtailor.backbone import Backbone
 from fedtailor.config import parse
 from fedtailor.core import Plan, Tree
-from fedtailor.engines.answering import answer
+from fedtailor.engines.answering import answer, drive
 from fedtailor.engines.local import Local
 from fedtailor.engines.states import States
 from fedtailor.errors import ConfigError
@@ -367,15 +367,12 @@ def test_aligned_adapters_say_more_alike(place: int, written: Callable[..., dict
     crew, client = workers(world), world.facts.clients[place]
     site, kind = world.sites(client, 0), world.job.kinds[place]
     assert site.reference
-    flow, result = align(site, kind.frozen, world.job.frozen, 20, 200, 1e-2), None
-    while True:
-        try:
-            ask = flow.send(result)
-        except StopIteration as end:
-            found = end.value
-            break
-        who = crew.of("server" if ask.reference else client)
-        result = answer({client: ask}, who, lambda c: torch.Generator(), False)[client]
+    flow: Any = align(site, kind.frozen, world.job.frozen, 20, 200, 1e-2)
+
+    def answered(asks: dict[str, Any]) -> dict[str, Any]:
+        return answer(asks, crew.of("server" if asks[client].reference else client), lambda c: torch.Generator(), False)
+
+    found = drive({client: flow}, answered)[client]
     if place == 2:  # DistilBERT here has the same tokens
         assert world.kit(client).backbone.processor is not None
 

@@ -61,7 +61,8 @@ def colora(
         "target_modules": targets_of(backbone, QUERY_VALUE, target),
     }
     plain = peft(backbone, **config)
-    whole = peft(backbone._replace(unread=None), **config)  # with every token of the last layer too
+    # With every token of the last layer too, where a classifier needs the first one alone.
+    whole = peft(backbone._replace(unread=None), **config) if backbone.unread else plain
     places = placed(backbone, plain.init, blocks)
     replaced = {name for place in places for name in (place.down, place.up)}
     # Of the other modules the bias stays zero: it is in PEFT's folder, and trained by nobody.
