@@ -24,7 +24,8 @@ from torch import Tensor
 
 from fedtailor.algorithms import ALGORITHMS
 from fedtailor.algorithms.alignment import carried, polar
-from fedtailor.algorithms.fedmosaic import pieces, weights
+from fedtailor.algorithms.colora_pieces import pieces
+from fedtailor.algorithms.fedmosaic import weights
 from fedtailor.core import Job, Kind, Plan, Tree
 from fedtailor.losses import classification
 from fedtailor.metrics import metric

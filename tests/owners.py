@@ -189,6 +189,6 @@ def federated(
     """All owners from the first round to the last."""
     federation = Federation(owners.apart(**sections), folder)
     for name, path in owners.own.items():
-        has = own(name) if own else Own(str(path), model=str(owners.model), public=str(owners.public))
+        has = own(name) if own else Own(str(path), models=(str(owners.model),), public=str(owners.public))
         federation.member(name, has, limits=limits, wait=False)
     return federation.end()

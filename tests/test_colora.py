@@ -14,7 +14,9 @@ import torch
 from commands import Printed
 from federations import Seen, watched
 from fedtailor.algorithms.alignment import align, carried, cosines, nearness, polar
-from fedtailor.algorithms.fedmosaic import mixed, pieces, rest, weights
+from fedtailor.algorithms.colora_pieces import pieces, rest
+from fedtailor.algorithms.fedmosaic import weights
+from fedtailor.algorithms.gates import mixed
 from fedtailor.backbone import Backbone
 from fedtailor.config import parse
 from fedtailor.core import Plan, Tree

@@ -16,7 +16,8 @@ import torch
 from federations import PLAN, Outcome, World
 from fedtailor import report
 from fedtailor.algorithms import ALGORITHMS
-from fedtailor.algorithms.fed_influence import followed, gradients
+from fedtailor.algorithms.fed_influence import gradients
+from fedtailor.algorithms.shifts import followed
 from fedtailor.config import parse
 from fedtailor.core import SERVER, Fit, Message, Plan, Tree, stream
 from fedtailor.data.examples import Subset
@@ -267,26 +268,29 @@ BOUNDED = """
 import re, resource, sys
 from pathlib import Path
 import torch
-from fedtailor.algorithms.fed_influence import followed, lengths
+from fedtailor.algorithms.shifts import followed, lengths
 from fedtailor.core import Message
+from fedtailor.memory import zeros
 
 torch.set_num_threads(1)
-on_disk, clients, shape = sys.argv[1] == "disk", [f"c{i:02}" for i in range(50)], (500, 1000)
+on_disk, room, shape = sys.argv[1] == "disk", int(sys.argv[2]), (500, 500)
+clients = [f"c{i:03}" for i in range(300)]
 data = int(re.search(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-resource.setrlimit(resource.RLIMIT_DATA, (data + 150_000_000,) * 2)
-state = {"clients": [], "eps": {"w": torch.zeros(0, *shape)}, "cut": {"w": torch.zeros(0, dtype=torch.uint8)}}
+resource.setrlimit(resource.RLIMIT_DATA, (data + room,) * 2)
+cut = torch.zeros(len(clients), dtype=torch.uint8)
+state = {"clients": clients, "eps": {"w": zeros((len(clients), *shape), torch.float32, on_disk)}, "cut": {"w": cut}}
 body = {"update": {"w": torch.ones(shape)}, "gradients": {"w": torch.ones(1, 1, *shape)}}
-for cohort in (clients, clients[:2]):
-    replies = {c: Message("watched", body, {"n": 1.0, "lr": 1e-9, "steps": 1.0}) for c in cohort}
-    state = followed(state, {"w": torch.zeros(shape)}, replies, [1.0] * len(replies), 0.0, True, on_disk, 20_000_000)
-assert min(lengths(state["eps"], len(clients))) > 1
+replies = {c: Message("watched", body, {"n": float(i + 1), "lr": 1e-9, "steps": 1.0}) for i, c in enumerate(clients[:2])}
+state = followed(state, {"w": torch.zeros(shape)}, replies, [1 / 3, 2 / 3], 0.0, True, on_disk, 20_000_000)
+assert lengths(state["eps"], len(clients))[0] > 100
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="limits of this kind are Linux's")
 def test_memory_is_bounded() -> None:
-    """100 MB of shifts, and 200 in the middle of a round, in a process that may take 150 MB more than its imports."""
-    ran = {w: subprocess.run([sys.executable, "-c", BOUNDED, w], capture_output=True, text=True) for w in ("disk", "memory")}
+    """300 MB of shifts, and 600 in the middle of a round, in a process that may take 250 MB more than its imports."""
+    command = [sys.executable, "-c", BOUNDED]
+    ran = {w: subprocess.run([*command, w, "250000000"], capture_output=True, text=True) for w in ("disk", "memory")}
     assert ran["disk"].returncode == 0, ran["disk"].stderr
     assert ran["memory"].returncode != 0
     assert "memory" in ran["memory"].stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 pytest.importorskip("grpc")
 
 from commands import read
+from fedtailor.federation.member import Own
 from owners import NAMES, Owners, federated, owners
 
 
@@ -81,7 +83,17 @@ def test_members_of_different_models(three: Owners, folders: Callable[[str], Pat
         "clients": {"kinds": [{}, {"model": {"name": str(folders("distilbert"))}}]},
     }
     alone = three.simulated(tmp_path / "simulated", **sections)
-    served = federated(three, tmp_path, **sections)
+    # Who is of the server's kind needs its model alone, in a folder of its own; who is of another needs both.
+    copies = {
+        folder: str(shutil.copytree(folder, tmp_path / Path(folder).name)) for folder in map(folders, ("bert", "distilbert"))
+    }
+    (bert, here), (distilbert, there) = ((str(folder), copy) for folder, copy in copies.items())
+    models = {"north": (f"{bert}={here}", f"{distilbert}={there}")}
+
+    def own(name: str) -> Own:
+        return Own(str(three.own[name]), models=models.get(name, (here,)), public=str(three.public))
+
+    served = federated(three, tmp_path, own, **sections)
     assert isinstance(served.summary, dict), (served.summary, served.notices)
     same = ["state_hash", "clients_mean", "bytes_total", "flops_total"]
     assert {k: served.summary[k] for k in same} == {k: alone[k] for k in same}

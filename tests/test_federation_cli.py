@@ -113,7 +113,7 @@ def test_a_clock_that_is_wrong_and_a_certificate_that_has_expired(
     ("own", "limits", "told"),
     [
         (Own(text="nothing"), Limits(), "no column 'nothing'"),
-        (Own(model="nowhere"), Limits(), "nowhere"),
+        (Own(models=("nowhere",)), Limits(), "nowhere"),
         (Own(), Limits(epochs=0.5), "(--epochs)"),
         (Own(data="{bad}"), Limits(), "not among the training labels"),
     ],
@@ -124,7 +124,7 @@ def test_a_member_that_does_not_suit_is_told_and_tells(
     bad = tmp_path / "bad.csv"
     bad.write_text("text,label\nfox,good\ndog,wrong\n", encoding="utf-8")
     federation = Federation(three.apart(clients={"count": 1}), tmp_path)
-    own = own._replace(data=str(bad) if own.data else str(three.own["east"]), model=own.model or str(three.model))
+    own = own._replace(data=str(bad) if own.data else str(three.own["east"]), models=own.models or (str(three.model),))
     federation.member("east", own, limits=limits)
     assert told in federation.notices[-1] or told in "".join(federation.notices)
     ended = federation.wait("east")
@@ -148,14 +148,34 @@ def test_a_server_that_asks_for_more_than_is_allowed_is_refused(limits: Limits, 
 
 def test_another_tokenizer_another_backbone(three: Owners, tmp_path: Path, folders: Callable[[str], Path]) -> None:
     federation = Federation(three.apart(clients={"count": 1}), tmp_path)
-    federation.member("east", Own(str(three.own["east"]), model=str(folders("roberta"))))
+    federation.member("east", Own(str(three.own["east"]), models=(str(folders("roberta")),)))
     assert "its backbone (the weights) differs from the server's" in str(federation.wait("east"))
+
+
+@pytest.mark.parametrize(
+    ("models", "told"),
+    [
+        ((), "--model {bert}=FOLDER --model {wide}=FOLDER"),
+        (("{bert}",), "--model {bert}=FOLDER --model {wide}=FOLDER"),
+        (("{wide}={wide}",), "name your copy of it with --model FOLDER"),
+        (("{wide}={wide}", "{bert}", "more"), "'more' is one too many"),
+        (("{wide}={other}", "{bert}"), "the backbone of its kind (the weights) differs from the server's"),
+    ],
+)
+def test_the_models_of_a_kind(
+    models: tuple[str, ...], told: str, three: Owners, tmp_path: Path, folders: Callable[[str], Path]
+) -> None:
+    at = {name: str(folders(family)) for name, family in (("bert", "bert"), ("wide", "distilbert"), ("other", "roberta"))}
+    kinds = [{"model": {"name": at["wide"]}}]
+    federation = Federation(three.apart(algorithm={"kind": "local"}, clients={"count": 1, "kinds": kinds}), tmp_path)
+    federation.member("east", Own(str(three.own["east"]), models=tuple(given.format(**at) for given in models)))
+    assert told.format(**at) in str(federation.wait("east"))
 
 
 def test_other_public_examples(three: Owners, tmp_path: Path) -> None:
     """Members speak of public examples by number: one with others would be misunderstood."""
     federation = Federation(three.apart(algorithm={"kind": "distil", "rows": 8}, clients={"count": 1}), tmp_path)
-    federation.member("east", Own(str(three.own["east"]), model=str(three.model), public=str(three.test)))
+    federation.member("east", Own(str(three.own["east"]), models=(str(three.model),), public=str(three.test)))
     assert "its set of public examples differs from the server's" in str(federation.wait("east"))
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from federations import Outcome, World, by_hand
-from fedtailor.algorithms.fedmosaic import closed, gated, leading, mixed, weights
+from fedtailor.algorithms.fedmosaic import leading, weights
+from fedtailor.algorithms.gates import closed, gated, mixed
 from fedtailor.core import Message, Plan, Tree
 from fedtailor.data.examples import Subset
 from fedtailor.errors import ConfigError

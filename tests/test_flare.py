@@ -76,7 +76,7 @@ def test_a_federation_over_calls_ends_in_the_bits_of_the_simulation(three: Owner
         desks[name] = Desk()
         (tmp_path / name).mkdir()
         desks[name].open(tmp_path / name, wire.MAX_BYTES)
-        member = Member(name, desks[name], tmp_path / name, Given(str(path), model=str(three.model)), Limits())
+        member = Member(name, desks[name], tmp_path / name, Given(str(path), models=(str(three.model),)), Limits())
         threading.Thread(target=lambda m=member, d=desks[name]: (m.serve(), d.end("")), daemon=True).start()
     post = Calls({name: site_of(desk) for name, desk in desks.items()}, tmp_path, wire.MAX_BYTES, 1)
     prefix = {"technique": {"kind": "prefix", "length": 3}}

@@ -243,7 +243,7 @@ def in_the_way(monkeypatch: pytest.MonkeyPatch, name: str, bad: type[Member]) ->
 def started(three: Owners, folder: Path, names: tuple[str, ...], **sections: Any) -> Federation:
     federation = Federation(three.apart(**sections), folder)
     for name in names:
-        federation.member(name, Own(str(three.own[name]), model=str(three.model)), wait=False)
+        federation.member(name, Own(str(three.own[name]), models=(str(three.model),)), wait=False)
     return federation
 
 
@@ -371,7 +371,7 @@ def told(three: Owners, **sections: Any) -> dict[str, Any]:
 
 def member_of(three: Owners, folder: Path, limits: Limits = Limits()) -> tuple[Member, Ear]:
     ear = Ear()
-    own = Own(str(three.own["east"]), model=str(three.model))
+    own = Own(str(three.own["east"]), models=(str(three.model),))
     return Member("east", ear, folder, own, limits), ear  # type: ignore[arg-type]
 
 

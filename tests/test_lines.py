@@ -144,7 +144,7 @@ def test_a_run_over_lines_that_are_cut_in_the_middle_of_messages(
     with Proxy(int(federation.address.rpartition(":")[2]), every(60_000, 8)) as proxy:
         federation.address = f"127.0.0.1:{proxy.port}"
         for name, path in two.own.items():
-            federation.member(name, Own(str(path), model=str(two.model)), wait=False)
+            federation.member(name, Own(str(path), models=(str(two.model),)), wait=False)
         served = federation.end()
     assert isinstance(served.summary, dict), (served.summary, served.notices)
     assert proxy.cut >= 3

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 from federations import Outcome, World
 from fedtailor import wire
-from fedtailor.algorithms.pac_pfl import as_tree, drawn, log_marginal, shapes_of, shares, svgd, toward
+from fedtailor.algorithms.marginal import as_tree, drawn, log_marginal, shapes_of, shares
+from fedtailor.algorithms.pac_pfl import svgd, toward
 from fedtailor.core import Message, Plan, stream
 from fedtailor.errors import ConfigError
 from fedtailor.trees import numel

@@ -60,7 +60,7 @@ def test_a_served_run_shows_its_members(tmp_path: Path, folders: Callable[[str],
     with watching(where, 2) as watch:
         federation = Federation(two.apart(), tmp_path, watch=watch)
         for name, path in two.own.items():
-            federation.member(name, Own(str(path), model=str(two.model)), wait=False)
+            federation.member(name, Own(str(path), models=(str(two.model),)), wait=False)
         assert isinstance(federation.end().summary, dict)
     last = where.file.getvalue().rpartition("attached since")[2]  # type: ignore[attr-defined]
     assert "north" in last

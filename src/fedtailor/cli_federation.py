@@ -82,8 +82,12 @@ def join(
     pair: Annotated[str, typer.Option("--pair", help="Your two columns of pairs of texts: FIRST,SECOND.")] = "",
     label: Annotated[str, typer.Option("--label", help="Your column of the label.")] = "",
     model: Annotated[
-        str, typer.Option("--model", help="Folder of the backbone here, where the experiment names one of the server's.")
-    ] = "",
+        list[str] | None,
+        typer.Option(
+            "--model",
+            help="Folder of the backbone here, where the experiment names one of the server's; NAME=FOLDER, once each, where it names two.",
+        ),
+    ] = None,
     public: Annotated[str, typer.Option("--public", help="Public examples, where the experiment uses some.")] = "",
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1.")] = "",
     verbs: Annotated[str, typer.Option("--verbs", help="Answer only these, separated by commas.")] = "",
@@ -123,7 +127,7 @@ def join(
         raise ConfigError("--insecure: say who you are with --name NAME (letters, digits, dots, dashes)")
     if insecure:
         cli.err.print(RED, style="bold red")
-    own = Own(data, text, both, label, model, public, device, simulate)
+    own = Own(data, text, both, label, tuple(model or ()), public, device, simulate)
     limits = Limits(frozenset(v.strip() for v in verbs.split(",") if v.strip()), 1e6 * mb, epochs)
     doors = member_doors(server, home, None if insecure else _token(token), name if insecure else "")
     told = take_part(server, doors, home, own, limits, lambda line: cli.err.print(line, soft_wrap=True))

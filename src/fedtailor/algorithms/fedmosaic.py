@@ -35,17 +35,16 @@ from torch import Tensor
 from fedtailor.algorithms.alignment import align
 from fedtailor.algorithms.cards import card
 from fedtailor.algorithms.checks import checks, difference, spoken
+from fedtailor.algorithms.colora_pieces import alike, pieces, rest
 from fedtailor.algorithms.fedavg import one_size
+from fedtailor.algorithms.gates import closed, gated, mixed
 from fedtailor.core import (
     Algorithm,
-    Batch,
     ClientId,
     Fit,
     Flow,
-    Forward,
     Job,
     Kind,
-    Loss,
     Message,
     Part,
     Plan,
@@ -56,9 +55,8 @@ from fedtailor.core import (
     answer_with,
 )
 from fedtailor.errors import ConfigError
-from fedtailor.losses import Wrapped, beside
-from fedtailor.techniques.colora import PIECES
-from fedtailor.trees import lora_pairs, signature, weighted_mean
+from fedtailor.losses import beside
+from fedtailor.trees import signature, weighted_mean
 
 
 @card("personal", "|t| + its sketch", "|t|", "our reading")
@@ -196,43 +194,6 @@ def fedmosaic(
     )
 
 
-def alike(job: Job) -> None:
-    """Raises:
-    ConfigError: kinds of clients have no pieces of one size, or there is nothing to align their models on.
-    """
-    server = {name.removesuffix(".A"): t.shape[0] for name, t in job.frozen.items() if name.endswith(".A")}
-    for kind in job.kinds:
-        theirs = {name.removesuffix(".A"): t.shape[0] for name, t in kind.frozen.items() if name.endswith(".A")}
-        if not theirs or not server:
-            raise ConfigError(
-                "clients.kinds: of models that differ algorithm fedmosaic averages what technique colora has alike in all of them: set "
-                "technique.kind = 'colora' and leave the techniques of the kinds out, or set algorithm.kind to distil or local"
-            )
-        if theirs != server:
-            raise ConfigError(
-                f"clients.kinds: algorithm fedmosaic needs pieces alike in all models, and one has {spelled(theirs)}, the server's "
-                f"{spelled(server)}: give technique colora the same rank and blocks everywhere, and as many technique.target"
-            )
-        if not kind.same and not job.public:
-            raise ConfigError(
-                "clients.kinds: algorithm fedmosaic aligns models on examples that everybody has: set data.public (a data set, or a share)"
-            )
-
-
-def spelled(pieces: Mapping[str, int]) -> str:
-    blocks = {name.split(".")[1] for name in pieces}
-    return f"{len(blocks)} blocks of {len(pieces) // len(blocks)} modules, rank {max(pieces.values())}"
-
-
-def pieces(tree: Tree) -> Tree:
-    """What has one size in every model."""
-    return {name: t for name, t in tree.items() if name.startswith(PIECES)}
-
-
-def rest(tree: Tree) -> Tree:
-    return {name: t for name, t in tree.items() if not name.startswith(PIECES)}
-
-
 def leading(gradient: Tensor, share: float) -> Tensor:
     """The first rows of a gradient as a matrix whose rows are its longer axis."""
     table = gradient.flatten(1) if gradient.dim() > 1 else gradient[:, None]
@@ -247,37 +208,3 @@ def weights(sketches: Mapping[ClientId, Tensor], tau: float) -> dict[ClientId, T
     columns = F.normalize(torch.stack(list(sketches.values())).double(), dim=1)
     alike = torch.einsum("irc,jrc->ij", columns, columns) / columns.shape[2]
     return dict(zip(sketches, (alike.fill_diagonal_(-torch.inf) / tau).softmax(1), strict=True))
-
-
-def closed(tree: Tree) -> Tree:
-    """A gate a module at its start, half open."""
-    return {module: torch.zeros(()) for module in sorted({*lora_pairs(tree), *map(module_of, tree)})}
-
-
-def module_of(name: str) -> str:
-    return name.partition(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0] or name
-
-
-def mixed(gates: Tree, shared: Tree, own: Tree) -> Tree:
-    """sigmoid(gate) of the shared tree and the rest of the own one, module by module."""
-    open_ = {module: gate.sigmoid() for module, gate in gates.items()}
-    out: Tree = {}
-    for module, (down, up) in lora_pairs(own).items():
-        out[down] = torch.cat([shared[down], own[down]])
-        out[up] = torch.cat([open_[module] * shared[up], (1 - open_[module]) * own[up]], 1)
-    # Written so that where both are equal a gate's gradient is exactly 0: Adam would make a step of rounding.
-    for name in own.keys() - out.keys():
-        out[name] = own[name] + open_[module_of(name)] * (shared[name] - own[name])
-    return {name: out[name] for name in own}
-
-
-def gated(base: Loss) -> Loss:
-    """base of the mixture of "global" in `aux` and the params {"local", "gates"}, beside "rest" in `aux`."""
-    return _Gated(base)
-
-
-class _Gated(Wrapped):
-    def __call__(self, forward: Forward, params: Tree, batch: Batch, aux: Tree) -> Tensor:
-        _, base = self
-        tree = {**mixed(params["gates"], aux["global"], params["local"]), **aux["rest"]}
-        return base(forward, tree, batch, {})  # type: ignore[operator,no-any-return]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fedtailor import __version__
-from fedtailor.core import SERVER
+from fedtailor.core import SERVER, ClientId
 from fedtailor.ends import severed
 from fedtailor.federation.frames import Header, said
 from fedtailor.simulation import World
@@ -19,18 +19,21 @@ from fedtailor.simulation import World
 WORDS = {
     "version": "its version of fedtailor",
     "backbone": "its backbone (the weights)",
+    "kind": "the backbone of its kind (the weights)",
     "tokenizer": "its tokenizer",
     "labels": "its list of labels",
     "public": "its set of public examples",
 }
 
 
-def agreement(world: World, cut: tuple[int, int] | None = None) -> dict[str, str]:
+def agreement(world: World, member: ClientId, cut: tuple[int, int] | None = None) -> dict[str, str]:
     """What is compared, short: versions and digests; with a cut, of a whole model's ends, which is all that a member has."""
+    own = world.kit(member).backbone
     labels = hashlib.sha256("\x1f".join(world.facts.labels).encode()).hexdigest()
     return {
         "version": __version__,
         "backbone": weights(severed(world.backbone.model, *cut) if cut else world.backbone.model),
+        "kind": weights(own.model) + tokens(own.processor) if own is not world.backbone else "",
         "tokenizer": tokens(world.backbone.processor),
         "labels": labels,
         "public": examples(world.sites(SERVER, 0).data.get("public")),

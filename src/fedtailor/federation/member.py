@@ -6,14 +6,14 @@ from __future__ import annotations
 import json
 import queue
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor
 
 from fedtailor import memory, wire
-from fedtailor.config import Experiment, parse
+from fedtailor.config import Experiment, ModelSection, parse
 from fedtailor.core import ClientId, Message, Tree
 from fedtailor.ends import Ends, cut_of, save
 from fedtailor.engines.clients import Clients, Place
@@ -46,7 +46,7 @@ class Own(NamedTuple):
     text: str = ""
     pair: tuple[str, str] | None = None
     label: str = ""
-    model: str = ""  # folder of the backbone here
+    models: tuple[str, ...] = ()  # folders of backbones here: FOLDER, or NAME=FOLDER with the name that the experiment says
     public: str = ""  # public examples
     device: str = ""
     simulate: bool = False  # take this member's part of the experiment's own data, which is on this machine too
@@ -109,7 +109,7 @@ class Member:
                 experiment = self.world.experiment
                 rows = self.world.clients[self.name]
                 sizes = {"train": len(rows.train), "valid": len(rows.valid), "test": len(rows.test)}
-                self._agreed = {**agreement(self.world), **sizes, "holds": "ends" if self._ends else "all"}
+                self._agreed = {**agreement(self.world, self.name), **sizes, "holds": "ends" if self._ends else "all"}
                 pool = workers(self.world, self.world.flops, self.world.looks)
                 up = chain(experiment.filters.up)
                 self._clients = Clients(self.world.algorithm, pool, self.shelf, up, experiment.seed, False, self.notice)
@@ -158,7 +158,7 @@ class Member:
             self._ends = self._held(experiment, facts, body)
             if self._ends:
                 memory.give_back()  # who holds a part of a model has no memory to spare
-            world = of_member(self._with_own(experiment), facts, self.name, self._ends)
+            world = of_member(self._with_own(experiment, facts), facts, self.name, self._ends)
         rows, train = max(1, len(world.clients[self.name].train)), experiment.train
         passes = train.steps * train.batch / rows if train.steps else train.epochs
         if self.limits.epochs and passes > self.limits.epochs:
@@ -181,9 +181,10 @@ class Member:
             raise RunError("the server's experiment begins with no tree of tensors")
         return Ends(*cut, start, unread if isinstance(unread, str) else None)
 
-    def _with_own(self, experiment: Experiment) -> Experiment:
-        """What the server's experiment calls by a path would be a file of this machine: only this member says which."""
-        own, data, model, engine = self.own, experiment.data, experiment.model, experiment.engine
+    def _with_own(self, experiment: Experiment, facts: Facts) -> Experiment:
+        """What the server's experiment calls by a path would be a file of this machine: only this member says which. What clients of other
+        kinds work with is not needed here, and not loaded."""
+        own, data, clients, engine = self.own, experiment.data, experiment.clients, experiment.engine
         if not own.data:
             raise ConfigError("name your data with --data PATH (or --simulate, where this machine has the experiment's own)")
         columns = {"text": own.text or data.text, "pair": own.pair or data.pair, "label": own.label or data.label}
@@ -192,17 +193,36 @@ class Member:
             if not own.public:
                 raise ConfigError(f"the experiment uses public examples ('{data.public}'): name them here with --public PATH")
             data = data.model_copy(update={"public": own.public})
-        named = [model, *(kind.model for kind in experiment.clients.kinds if kind.model)]
-        if any(is_here(m.name) for m in named) and not own.model:
-            raise ConfigError("the experiment's model is a folder on the server: name your copy of it with --model FOLDER")
-        if own.model:
-            model = model.model_copy(update={"name": own.model, "revision": None})
-        techniques = [experiment.technique, *(kind.technique for kind in experiment.clients.kinds if kind.technique)]
+        kind = clients.kinds[facts.everybody.index(self.name) % len(clients.kinds)] if clients.kinds else None
+        model, *others = self._models([experiment.model, *([kind.model] if kind and kind.model else [])])
+        if kind:
+            kind = kind.model_copy(update={"model": others[0] if others else None})
+            clients = clients.model_copy(update={"kinds": [kind] * len(clients.kinds)})
+        techniques = [experiment.technique, *([kind.technique] if kind and kind.technique else [])]
         for name, value in (item for technique in techniques for item in technique.options.items()):
             if isinstance(value, str) and is_here(value):
                 raise ConfigError(f"technique.{said(name, 60)} of the server's experiment is a path of this machine")
         engine = engine.model_copy(update={"workers": 0, **({"device": own.device} if own.device else {})})  # threads are ours
-        return experiment.model_copy(update={"data": data, "model": model, "engine": engine})
+        return experiment.model_copy(update={"data": data, "model": model, "clients": clients, "engine": engine})
+
+    def _models(self, sections: Sequence[ModelSection]) -> list[ModelSection]:
+        """These models of the experiment as this member has them. A FOLDER without a NAME stands for the only one that is a folder at the
+        server, or for the experiment's own where none is."""
+        names = list(dict.fromkeys(section.name for section in sections))
+        folders = {n: given.removeprefix(f"{n}=") for n in names for given in self.own.models if given.startswith(f"{n}=")}
+        plain = [given for given in self.own.models if not any(given.startswith(f"{n}=") for n in names)]
+        wanted = [n for n in names if is_here(n) and n not in folders]
+        if plain and len(wanted) < 2:
+            folders[wanted.pop() if wanted else names[0]] = plain.pop(0)
+            if plain:
+                raise ConfigError(f"--model: '{plain[0]}' is one too many: the experiment names {said(', '.join(names), 200)}")
+        if len(wanted) > 1:
+            ask = " ".join(f"--model {said(name, 60)}=FOLDER" for name in wanted)
+            raise ConfigError(f"the experiment's models are folders on the server: name your copies of them with {ask}")
+        if wanted:
+            raise ConfigError("the experiment's model is a folder on the server: name your copy of it with --model FOLDER")
+        here = [(section, folders.get(section.name)) for section in sections]
+        return [s.model_copy(update={"name": folder, "revision": None}) if folder else s for s, folder in here]
 
     # Letters
 

@@ -144,7 +144,7 @@ class Server:
     def __init__(self, world: World, post: ServerEnd, watch: Watch, standing: Standing) -> None:
         self.world, self.post, self.watch, self.standing = world, post, watch, standing
         self._values = json.dumps({"experiment": written(world.experiment), "facts": world.facts._asdict()})
-        self._ours: dict[tuple[int, int] | None, dict[str, str]] = {None: agreement(world)}
+        self._ours: dict[tuple[Any, int], dict[str, str]] = {}  # a cut, a kind of client -> what is agreed upon
 
     def conduct(self, out: Path) -> dict[str, Any]:
         engine: list[Remote] = []
@@ -211,9 +211,10 @@ class Server:
 
     def _agree(self, member: ClientId, note: Header) -> bool:
         cut = self._cut(member) if note.get("holds") == "ends" else None
-        if cut not in self._ours:
-            self._ours[cut] = agreement(self.world, cut)
-        why = f"it cannot take part: {said(note['why'])}" if "why" in note else difference(self._ours[cut], note)
+        place = cut, self.world.facts.everybody.index(member) % max(len(self.world.kits), 1)
+        if place not in self._ours:
+            self._ours[place] = agreement(self.world, member, cut)
+        why = f"it cannot take part: {said(note['why'])}" if "why" in note else difference(self._ours[place], note)
         if why:
             self._refuse(member, why)
             return False

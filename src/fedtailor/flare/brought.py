@@ -17,7 +17,7 @@ KEYS: dict[str, type | tuple[type, ...]] = {
     "text": str,
     "pair": list,
     "label": str,
-    "model": str,
+    "model": (str, list),
     "public": str,
     "device": str,
     "simulate": bool,
@@ -61,7 +61,12 @@ def _of(found: dict[str, Any], path: Path) -> Brought:
     pair = tuple(str(column) for column in found["pair"]) if "pair" in found else None
     if pair is not None and len(pair) != 2:
         raise ConfigError(f'{path}: pair are two columns: ["FIRST", "SECOND"]')
+    models = found.get("model", [])
     own = {k: v for k, v in found.items() if k in Own._fields and k != "pair"}
     verbs = frozenset(str(verb) for verb in found.get("verbs", []))
     limits = Limits(verbs, 1e6 * found.get("mb_a_round", 0), found.get("epochs", 0))
-    return Brought(Own(**own, pair=pair), limits, found.get("home", ""))  # type: ignore[arg-type]
+    return Brought(
+        Own(**own, pair=pair, models=(models,) if isinstance(models, str) else tuple(map(str, models))),
+        limits,
+        found.get("home", ""),
+    )  # type: ignore[arg-type]
