@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/fedtailor compare experiments/demo.toml --out runs/demo --resume
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 check: $(READY)
 	PATH=$(abspath $(BIN)):$$PATH scripts/check

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, f1_score, log_loss, matthews_corrcoef
 
 from fedtailor import metrics
-from fedtailor.core import Tree, stream
+from fedtailor.algorithms.checks import tallied
+from fedtailor.core import Job, Plan, Tree, stream
 from fedtailor.data.examples import IGNORED, Subset
+from fedtailor.losses import classification
 from fedtailor.metrics import apart, judge_classes, judge_tokens, mean_loss, metric, scores, side_by_side, total
 from tiny import randomized, rows_of
 
@@ -46,6 +48,35 @@ def test_the_sum_over_clients_is_the_reference_on_everybody(name: str, classes: 
     assert measure.value(sums) == pytest.approx(REFERENCE[name](labels, logits.argmax(1)), abs=1e-12)
     assert mean_loss(sums) == pytest.approx(log_loss(labels, logits.double().softmax(1), labels=range(classes)), rel=1e-5)
     assert measure.better(0.9, 0.1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_calibration_error_is_that_of_a_loop_over_all_rows(seed: int) -> None:
+    logits, labels = rows(4, seed)
+    measure = metric("ece", "text", 4)
+    parts = [{"logits": logits[a:b], "labels": labels[a:b]} for a, b in zip(CUTS, CUTS[1:], strict=False)]
+    sums = total(measure.tally(measure.judge(answered, {}, part)) for part in parts)
+    sure, predicted = logits.double().softmax(1).max(1)
+    found = 0.0
+    for k in range(15):
+        here = [i for i in range(len(labels)) if k / 15 < sure[i] <= (k + 1) / 15]
+        gap = sum(float(sure[i]) - (predicted[i] == labels[i]).item() for i in here)
+        found += abs(gap) / len(labels)
+    assert measure.value(sums) == pytest.approx(found, abs=1e-6)
+    assert measure.value(sums) > 0.01
+    assert measure.better(0.1, 0.9)
+
+
+def test_bins_that_do_not_add_up_are_refused() -> None:
+    logits, labels = rows(4, 0)
+    measure = metric("ece", "text", 4)
+    job = Job(classification, measure.judge, measure.tally, Plan(), clients=2)
+    sums = measure.tally(measure.judge(answered, {}, {"logits": logits, "labels": labels}))
+    assert tallied(job, sums) == ""
+    for place in (0, 2):
+        bins = sums["bins"].clone()
+        bins[3, place] += 1
+        assert "bins" in tallied(job, {**sums, "bins": bins})
 
 
 def test_a_class_that_never_occurs_is_left_out_of_the_mean() -> None:

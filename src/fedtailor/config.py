@@ -71,7 +71,7 @@ class DataSection(Section):
     limit: int | None = Field(None, ge=1, description="training examples, drawn by the seed")
     test_limit: int | None = Field(None, ge=1, description="test examples, drawn by the seed")
     max_length: int = Field(128, ge=2, description="tokens; longer texts are cut, at 128 or where the model's positions end")
-    metric: Literal["auto", "accuracy", "f1", "macro_f1", "matthews", "perplexity"] = "auto"
+    metric: Literal["auto", "accuracy", "f1", "macro_f1", "matthews", "ece", "perplexity"] = "auto"
 
 
 class DeviceSection(Section):

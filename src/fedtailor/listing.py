@@ -64,7 +64,7 @@ def _filters() -> list[dict[str, Any]]:
 def _metrics() -> list[dict[str, Any]]:
     from fedtailor import metrics
 
-    names = ("accuracy", "f1", "macro_f1", "matthews", "perplexity")
+    names = ("accuracy", "f1", "macro_f1", "matthews", "ece", "perplexity")
     return [{"name": n, "summary": (inspect.getdoc(getattr(metrics, n)) or "").split("\n")[0]} for n in names]
 
 

@@ -18,6 +18,7 @@ from fedtailor.errors import ConfigError, nearest
 from fedtailor.losses import next_tokens
 from fedtailor.trees import add, stack, tree_map
 
+BINS = 15  # of confidences
 TOKENS = 1024
 """In one call of `side_by_side`; a batch of a Predict has as many at most (engines/answering.py)."""
 
@@ -31,10 +32,10 @@ class Metric(NamedTuple):
 
 
 def judge_classes(forward: Forward, params: Tree, batch: Batch) -> Tree:
-    """Rows of {nll, predicted, label}."""
+    """Rows of {nll, predicted, confidence (the probability of what is predicted), label}."""
     logits, labels = forward(params, batch), batch["labels"]
     nll = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
-    return {"nll": nll, "predicted": logits.argmax(-1), "label": labels}
+    return {"nll": nll, "predicted": logits.argmax(-1), "confidence": logits.softmax(-1).amax(-1), "label": labels}
 
 
 def judge_tokens(forward: Forward, params: Tree, batch: Batch) -> Tree:
@@ -90,6 +91,15 @@ def _tally_confusion(outputs: Tree, classes: int) -> Tree:
     return {**_tally_accuracy(outputs), "confusion": flat.view(classes, classes)}
 
 
+def _tally_calibration(outputs: Tree) -> Tree:
+    """Also, of the rows whose confidence lies in each of BINS equal parts of (0, 1]: (BINS, 3) of how many, how sure, how many right."""
+    sure, right = outputs["confidence"].double(), (outputs["predicted"] == outputs["label"]).double()
+    part = (sure * BINS).ceil().long().clamp(1, BINS) - 1
+    bins = torch.zeros(BINS, 3, dtype=torch.float64)
+    bins.index_add_(0, part, torch.stack([torch.ones_like(sure), sure, right], 1))
+    return {**_tally_accuracy(outputs), "bins": bins}
+
+
 def _tally_tokens(outputs: Tree) -> Tree:
     return {
         "n": torch.tensor(len(outputs["tokens"])),
@@ -130,6 +140,12 @@ def matthews(sums: Tree) -> float:
     return float(above / below) if below > 0 else 0.0
 
 
+def ece(sums: Tree) -> float:
+    """Expected calibration error (Guo et al., ICML 2017): |how sure - how often right|, the mean over the rows by parts; smaller is better."""
+    _, sure, right = sums["bins"].unbind(1)
+    return float((sure - right).abs().sum() / sums["n"])
+
+
 def perplexity(sums: Tree) -> float:
     """exp of the mean loss a token; smaller is better."""
     return math.exp(min(mean_loss(sums), 700.0))
@@ -147,7 +163,9 @@ def metric(name: str, kind: str, classes: int) -> Metric:
         ConfigError: this data has no such metric.
     """
     tokens = kind in ("language", "instruction")
-    values = {"perplexity": perplexity} if tokens else {"accuracy": accuracy, "macro_f1": macro_f1, "matthews": matthews}
+    values = (
+        {"perplexity": perplexity} if tokens else {"accuracy": accuracy, "macro_f1": macro_f1, "matthews": matthews, "ece": ece}
+    )
     if classes == 2:
         values["f1"] = f1
     if name not in ("auto", *values):
@@ -157,6 +175,8 @@ def metric(name: str, kind: str, classes: int) -> Metric:
         return Metric("perplexity", judge_tokens, _tally_tokens, perplexity, float.__lt__)
     if name in ("auto", "accuracy"):
         return Metric("accuracy", judge_classes, _tally_accuracy, accuracy)
+    if name == "ece":
+        return Metric("ece", judge_classes, _tally_calibration, ece, float.__lt__)
     return Metric(name, judge_classes, partial(_tally_confusion, classes=classes), values[name])
 
 

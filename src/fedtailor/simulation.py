@@ -57,7 +57,8 @@ class World(Model):
             return {}
         common = int(self.counts.sum(0).argmax())
         label = self.test.fixed["labels"]
-        outputs = {"nll": torch.zeros(len(label)), "predicted": torch.full_like(label, common), "label": label}
+        nothing, sure = torch.zeros(len(label)), torch.ones(len(label))
+        outputs = {"nll": nothing, "predicted": torch.full_like(label, common), "confidence": sure, "label": label}
         return {"majority": self.metric.value(self.metric.tally(outputs))}
 
 

@@ -95,7 +95,7 @@ def judged(job: Job) -> Check:
 def tallied(job: Job, sums: Mapping[str, Any]) -> str:
     """What is wrong with sums over rows: they are those of the metric, of one row at least, and no part is more than the whole."""
     none, rows = torch.zeros(0), torch.zeros(0, dtype=torch.long)
-    want = job.tally({"nll": none, "predicted": rows, "label": rows, "tokens": rows, "hits": rows})
+    want = job.tally({"nll": none, "predicted": rows, "confidence": none, "label": rows, "tokens": rows, "hits": rows})
     if why := difference(sums, want):
         return why
     n, of = float(sums["n"]), float(sums["tokens" if "tokens" in want else "n"])
@@ -104,4 +104,7 @@ def tallied(job: Job, sums: Mapping[str, Any]) -> str:
     table = sums.get("confusion")
     if table is not None and (bool((table < 0).any()) or float(table.double().sum()) != n):
         return "its table of right and wrong does not add up to its rows"
+    bins = sums.get("bins")
+    if bins is not None and (bool((bins < 0).any()) or bins[:, [0, 2]].sum(0).tolist() != [n, float(sums["correct"])]):
+        return "its bins of confidence do not add up to its rows"
     return ""

@@ -179,8 +179,9 @@ def rag(
             return answered(reader, grounds["passages"], rows)
         label, votes = rows["labels"], chances(grounds, rows)
         votes = F.pad(votes, (0, max(0, int(label.max()) + 1 - votes.shape[1])))
-        nll = -smoothed(votes).gather(1, label[:, None])[:, 0].log()
-        return {"nll": nll, "predicted": votes.argmax(1), "label": label}
+        shares = smoothed(votes)
+        nll = -shares.gather(1, label[:, None])[:, 0].log()
+        return {"nll": nll, "predicted": votes.argmax(1), "confidence": shares.amax(1), "label": label}
 
     def chances(grounds: Tree, rows: Mapping[str, Tensor]) -> Tensor:
         """Shares of the classes, (queries, classes)."""

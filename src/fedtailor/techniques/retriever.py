@@ -118,7 +118,7 @@ def unjudged(metric: Metric) -> Metric:
 
 
 def _left_out(embeddings: Tensor, labels: Tensor) -> Tree:
-    """{nll, predicted, label} of rows (n, width) against each other; a row that is alone is taken for class 0."""
+    """{nll, predicted, confidence, label} of rows (n, width) against each other; a row that is alone is taken for class 0."""
     classes = int(labels.max()) + 1
     parts = []
     for start in range(0, len(labels), CHUNK):
@@ -128,8 +128,9 @@ def _left_out(embeddings: Tensor, labels: Tensor) -> Tree:
         weights = torch.zeros_like(near) if len(labels) == 1 else (near / TEMPERATURE).softmax(1)
         chances = smoothed(weights @ F.one_hot(labels, classes).to(near.dtype))
         own = labels[start : start + CHUNK]
-        parts.append((-chances.gather(1, own[:, None])[:, 0].log(), found))
-    return {"nll": torch.cat([p[0] for p in parts]), "predicted": torch.cat([p[1] for p in parts]), "label": labels}
+        parts.append((-chances.gather(1, own[:, None])[:, 0].log(), found, chances.gather(1, found[:, None])[:, 0]))
+    nll, predicted, confidence = (torch.cat(column) for column in zip(*parts, strict=True))
+    return {"nll": nll, "predicted": predicted, "confidence": confidence, "label": labels}
 
 
 def _frozen(encoder: Backbone) -> Technique:
