@@ -437,6 +437,10 @@ def test_a_run_of_three_models(written: Callable[..., dict[str, Any]], typed: Ca
             {"clients.kinds": [{}, {"technique": {"kind": "colora", "rank": 4, "blocks": 2}}]},
             "rank 4, the server's 2 blocks of 2 modules, rank 3",
         ),
+        (
+            {"clients.kinds": [{}, {"technique": {"kind": "colora", "rank": 3, "blocks": 2, "alpha": 3}}]},
+            "the same alpha everywhere",
+        ),
         ({"technique.blocks": 4}, "and one has 4 blocks of 2 modules, rank 3, the server's 2 blocks"),
         ({"algorithm.align_rows": 0}, "align_rows >= 1"),
     ],

@@ -344,6 +344,7 @@ class Kind(NamedTuple):
     init: Tree  # their initial tree
     frozen: Tree  # what stands still beside it, and may be replaced under its names
     same: bool  # their backbone is the server's
+    scaling: float = 1.0  # LoRA's alpha / r
 
 
 class Job(NamedTuple):
@@ -371,6 +372,7 @@ class Job(NamedTuple):
     reader: Reader | None = None  # what reads retrieved passages, where the technique has one
     kinds: tuple[Kind, ...] = ()  # of clients; () where all have what the server has
     frozen: Tree = {}  # a Kind's, of the server's technique
+    scaling: float = 1.0  # the same
 
 
 def seed_of(seed: int, *purpose: str | int) -> int:

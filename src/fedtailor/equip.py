@@ -150,8 +150,9 @@ def equip(experiment: Experiment, facts: Facts, ends: Ends | None = None) -> Mod
         similar=functools.partial(similar_words, backbone),
         reader=technique.reader,
         server=Device("server", flops=1e9 * experiment.engine.server_gflops),
-        kinds=tuple(Kind(k.technique.init, k.technique.frozen, k.backbone is backbone) for k in kits),
+        kinds=tuple(Kind(k.technique.init, k.technique.frozen, k.backbone is backbone, k.technique.scaling) for k in kits),
         frozen=technique.frozen,
+        scaling=technique.scaling,
     )
     remake = functools.partial(TECHNIQUES[kind], **experiment.technique.options)
     job = job._replace(layers=costed(layers(technique), technique, remake, job))

@@ -26,6 +26,11 @@ def alike(job: Job) -> None:
                 f"clients.kinds: algorithm fedmosaic needs pieces alike in all models, and one has {spelled(theirs)}, the server's "
                 f"{spelled(server)}: give technique colora the same rank and blocks everywhere, and as many technique.target"
             )
+        if kind.scaling != job.scaling:
+            raise ConfigError(
+                f"clients.kinds: pieces mean the same in all models at one scale, and one has alpha / rank = {kind.scaling:g}, the server's "
+                f"{job.scaling:g}: give technique colora the same alpha everywhere"
+            )
         if not kind.same and not job.public:
             raise ConfigError(
                 "clients.kinds: algorithm fedmosaic aligns models on examples that everybody has: set data.public (a data set, or a share)"
