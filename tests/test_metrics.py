@@ -17,6 +17,7 @@ from fedtailor.core import Job, Plan, Tree, stream
 from fedtailor.data.examples import IGNORED, Subset
 from fedtailor.losses import classification
 from fedtailor.metrics import apart, judge_classes, judge_tokens, mean_loss, metric, scores, side_by_side, total
+from fedtailor.report import folders
 from tiny import randomized, rows_of
 
 REFERENCE = {
@@ -48,6 +49,10 @@ def test_the_sum_over_clients_is_the_reference_on_everybody(name: str, classes: 
     assert measure.value(sums) == pytest.approx(REFERENCE[name](labels, logits.argmax(1)), abs=1e-12)
     assert mean_loss(sums) == pytest.approx(log_loss(labels, logits.double().softmax(1), labels=range(classes)), rel=1e-5)
     assert measure.better(0.9, 0.1)
+
+
+def test_a_report_knows_which_are_better_when_lower() -> None:
+    assert folders.LOWER_IS_BETTER == metrics.LOWER_IS_BETTER
 
 
 @pytest.mark.parametrize("seed", range(3))

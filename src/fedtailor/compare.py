@@ -13,6 +13,7 @@ from fedtailor.cases import Case, cases, titled
 from fedtailor.config import Experiment
 from fedtailor.errors import ConfigError, RunError
 from fedtailor.folder import EXPERIMENT, ROUNDS, SUMMARY, plain, stored
+from fedtailor.metrics import LOWER_IS_BETTER
 from fedtailor.run import Watch, run
 
 COMPARISON = "compare.json"
@@ -120,7 +121,7 @@ def _validation(summary: dict[str, Any] | None) -> dict[str, Any]:
     if summary is None:
         return {"valid": None, "valid_loss": None, "rank": []}
     last = json.loads((Path(summary["run"]) / ROUNDS).read_text(encoding="utf-8").splitlines()[-1])
-    sign = -1.0 if summary["metric"] == "perplexity" else 1.0
+    sign = -1.0 if summary["metric"] in LOWER_IS_BETTER else 1.0
     told = [(s, last.get(name)) for s, name in ((sign, "valid"), (-1.0, "valid_loss"))]
     # What diverged has no value, and is worse than anything.
     return {**{k: last.get(k) for k in ("valid", "valid_loss")}, "rank": [-math.inf if v is None else s * v for s, v in told]}
@@ -174,7 +175,7 @@ def curve(folder: Path) -> list[dict[str, float]]:
 
 def bytes_to(share: float, points: list[dict[str, float]], metric: str) -> float | None:
     """Bytes up and down, of all clients, until the validation metric was first within `share` of the run's own best."""
-    sign = -1 if metric == "perplexity" else 1
+    sign = -1 if metric in LOWER_IS_BETTER else 1
     best = max((sign * p["valid"] for p in points), default=0.0)
     return next((p["bytes"] for p in points if sign * p["valid"] >= (best * share if sign > 0 else best / share)), None)
 

@@ -18,6 +18,7 @@ from fedtailor.errors import ConfigError, nearest
 from fedtailor.losses import next_tokens
 from fedtailor.trees import add, stack, tree_map
 
+LOWER_IS_BETTER = ("ece", "perplexity")
 BINS = 15  # of confidences
 TOKENS = 1024
 """In one call of `side_by_side`; a batch of a Predict has as many at most (engines/answering.py)."""
@@ -171,13 +172,12 @@ def metric(name: str, kind: str, classes: int) -> Metric:
     if name not in ("auto", *values):
         what = f"{kind} data" if tokens else f"{classes} classes"
         raise ConfigError(f"data.metric cannot be '{name}' for {what}: {nearest(name, values)}")
-    if tokens:
-        return Metric("perplexity", judge_tokens, _tally_tokens, perplexity, float.__lt__)
-    if name in ("auto", "accuracy"):
-        return Metric("accuracy", judge_classes, _tally_accuracy, accuracy)
-    if name == "ece":
-        return Metric("ece", judge_classes, _tally_calibration, ece, float.__lt__)
-    return Metric(name, judge_classes, partial(_tally_confusion, classes=classes), values[name])
+    if name == "auto":
+        name = "perplexity" if tokens else "accuracy"
+    tally = {"accuracy": _tally_accuracy, "ece": _tally_calibration, "perplexity": _tally_tokens}.get(name)
+    better = float.__lt__ if name in LOWER_IS_BETTER else float.__gt__
+    judge = judge_tokens if tokens else judge_classes
+    return Metric(name, judge, tally or partial(_tally_confusion, classes=classes), values[name], better)
 
 
 def total(tallies: Iterable[Tree]) -> Tree:

@@ -13,8 +13,7 @@ from typing import Any
 
 from fedtailor.errors import ConfigError, DataError
 
-# Only perplexity is better when lower (metrics.py); a report must not need the model to know it.
-LOWER_IS_BETTER = ("perplexity",)
+LOWER_IS_BETTER = ("ece", "perplexity")  # as in metrics.py, which needs torch; a report does not
 
 
 @dataclass(frozen=True)
