@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -78,6 +79,7 @@ def main() -> None:
                 failed[kind] = str(error)
             else:
                 found.setdefault(kind, []).append(pair)
+                print(f"{kind}: {pair[1].seconds:.2f} s a round, FedAvg {pair[0].seconds:.2f} s", file=sys.stderr, flush=True)
     print("| algorithm | technique | FedAvg, s a round | s a round | ratio | FLOPs' ratio | bytes' ratio | seconds over FLOPs |")
     print("|---|---|---|---|---|---|---|---|")
     for kind, pairs in found.items():
@@ -87,7 +89,7 @@ def main() -> None:
         )
         print(
             f"| `{kind}` | {technique_of(kind)} | {plain:.2f} | {own:.2f} | {seconds:.2f} | {work:.2f} | {sent:.2f} "
-            f"| {seconds / work:.2f} |"
+            f"| {f'{seconds / work:.2f}' if work else '-'} |"
         )
     for kind, why in failed.items():
         print(f"not run: {kind}: {why}")
