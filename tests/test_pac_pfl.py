@@ -15,7 +15,7 @@ from federations import Outcome, World
 from fedtailor import wire
 from fedtailor.algorithms.marginal import as_tree, drawn, log_marginal, shapes_of, shares
 from fedtailor.algorithms.pac_pfl import svgd, toward
-from fedtailor.core import Message, Plan, stream
+from fedtailor.core import Message, Plan, Work, stream
 from fedtailor.errors import ConfigError
 from fedtailor.trees import numel
 
@@ -190,9 +190,12 @@ def test_a_row_goes_through_the_model_once(federation: Federation) -> None:
         torch.testing.assert_close(done.own[client]["features"], came[0], atol=1e-5, rtol=1e-4)
         here, letter = done.world, Message("train", {"particles": done.state["particles"]}, {"turn": 6.0})
         flow = here.algorithm.client["train"](done.own[client], letter, here.sites(client, 3))
+        work = next(flow)  # of its own arithmetic, there and back: 4 particles of 4 draws
+        assert work == Work(2 * 2.0 * 16 * numel(here.technique.init) * len(data))
         with pytest.raises(StopIteration):
-            next(flow)  # it replies without asking
+            flow.send(None)  # it replies without asking
         assert done.ledger.clients[client].get("examples", 0.0) == 0.0, i
+        assert done.ledger.clients[client]["flops"] == 6 * work.flops  # two rounds of three exchanges
     assert not any("features" in s.reply.body for s in done.log)
 
 

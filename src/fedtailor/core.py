@@ -132,6 +132,12 @@ class Predict(NamedTuple):
     reference: bool = False  # as for Fit
 
 
+class Work(NamedTuple):
+    """Arithmetic that a handler does beside the model, for the ledger and the clock; answered with None."""
+
+    flops: float
+
+
 HIDDEN = "hidden_states"
 """In a batch: what the part of a cut model before this one has computed, (batch, tokens, width)."""
 
@@ -227,7 +233,7 @@ class Recall(NamedTuple):
 
 
 Step: TypeAlias = Through | Back | Slope | Keep | Recall
-Ask: TypeAlias = Fit | Predict | Step
+Ask: TypeAlias = Fit | Predict | Work | Step
 Flow: TypeAlias = Generator[Ask | list[Step], Any, tuple[Tree | None, Message]]
 """A client handler, running: yields asks, or a list of steps that are done together; returns (own new state, reply)."""
 

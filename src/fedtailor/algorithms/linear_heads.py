@@ -35,6 +35,11 @@ def features(forward: Forward, params: Tree, batch: Batch, head: Head) -> Tree:
     return {"features": forward({**params, WITHIN: [head.weight]}, batch)}
 
 
+def products(heads: int, head_numbers: int, rows: int) -> float:
+    """Operations of `logits`; as many again for the heads' gradients."""
+    return 2.0 * heads * head_numbers * rows
+
+
 def logits(heads: Tensor, inputs: Tensor) -> Tensor:
     """Of flat heads (n, classes + classes x width), bias first, on inputs (rows, width): (n, rows, classes)."""
     classes = heads.shape[1] // (inputs.shape[1] + 1)

@@ -31,7 +31,7 @@ from torch import Tensor
 from fedtailor.algorithms.cards import card
 from fedtailor.algorithms.checks import COUNTS, checks, difference, spoken
 from fedtailor.algorithms.fedavg import one_size
-from fedtailor.algorithms.linear_heads import Head, features, linear_head
+from fedtailor.algorithms.linear_heads import Head, features, linear_head, products
 from fedtailor.algorithms.marginal import (
     as_tree,
     drawn,
@@ -58,6 +58,7 @@ from fedtailor.core import (
     State,
     Talk,
     Tree,
+    Work,
     falling,
     stream,
 )
@@ -115,6 +116,7 @@ def pac_pfl(
         heat, kept = beta or float(max(len(rows), 1)), {}
         if (head := head_of(site)) and len(rows):
             kept = {"features": own["features"] if own else (yield look(site, rows, head))["features"]}
+            yield Work(2 * products(particles * draws, z.shape[1], len(rows)))  # there and back
             slopes, mll = of_heads(thetas, z, heat, kept["features"], rows.column("labels"))
         else:
             aux, found = {"noise": z, "beta": torch.tensor(heat)}, []
@@ -165,6 +167,7 @@ def pac_pfl(
         if head:
             judge, passes = partial(mixed_heads, job.judge, head), 1
         if len(rows) and head:
+            yield Work(products(count, z.shape[1], len(rows)))
             inputs = own["features"] if own and "features" in own else (yield look(site, rows, head))["features"]
             losses = losses_of_heads(trees, inputs, rows.column("labels")).double().view(particles, draws)
         elif len(rows):
@@ -179,6 +182,8 @@ def pac_pfl(
         for split in ("test", "global"):
             if split in site.data and len(site.data[split]):
                 outputs = yield Predict(judge, mixture, site.data[split], passes=passes)
+                if head:
+                    yield Work(products(count, z.shape[1], len(site.data[split])))
                 body[split] = job.tally(outputs)
         return own, Message("judged", body, {"n": float(len(site.data.get("test", ())))})
 

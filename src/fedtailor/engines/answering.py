@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedtailor.core import Ask, ClientId, Fit, Fitted, Flow, Forward, Message, Predict, Step, Tree
+from fedtailor.core import Ask, ClientId, Fit, Fitted, Flow, Forward, Message, Predict, Step, Tree, Work
 from fedtailor.engines.splitting import Steps
 from fedtailor.engines.training import Flops, fit, no_flops
 from fedtailor.optimizers import steps_in
@@ -135,7 +135,7 @@ def answer(asks: Asks, workers: Workers, randoms: Randoms, stacked: bool, pace: 
     parts: dict[ClientId, list[tuple[np.ndarray, Tree]]] = {c: [] for c in predicts}
     for (client, rows), outputs in zip(pieces, workers.map(judge, pieces), strict=True):
         parts[client].append((rows, outputs))
-    return done | {c: _ordered(found) for c, found in parts.items()}
+    return done | {c: _ordered(found) for c, found in parts.items()} | {c: None for c, a in asks.items() if isinstance(a, Work)}
 
 
 def _stepped(asks: Asks, workers: Workers, stacked: bool) -> Answers:
@@ -144,7 +144,7 @@ def _stepped(asks: Asks, workers: Workers, stacked: bool) -> Answers:
         (client, i): step
         for client, ask in asks.items()
         for i, step in enumerate(ask if isinstance(ask, list) else [ask])
-        if not isinstance(step, Fit | Predict)
+        if not isinstance(step, Fit | Predict | Work)
     }
     if not wanted:
         return {client: [] for client, ask in asks.items() if isinstance(ask, list)}

@@ -8,7 +8,22 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from fedtailor.core import SERVER, Algorithm, Ask, ClientId, Fit, Fitted, Message, Predict, Site, Step, Tree, seed_of, stream
+from fedtailor.core import (
+    SERVER,
+    Algorithm,
+    Ask,
+    ClientId,
+    Fit,
+    Fitted,
+    Message,
+    Predict,
+    Site,
+    Step,
+    Tree,
+    Work,
+    seed_of,
+    stream,
+)
 from fedtailor.engines.answering import Answers, Crew, Workers, answer, drive, looked
 from fedtailor.filters import Filter
 from fedtailor.trees import is_finite
@@ -108,6 +123,8 @@ class Clients:
             yield result.seen["flops"], result.seen["examples"]
         elif isinstance(ask, Predict):
             yield looked(ask, workers.looks), 0.0
+        elif isinstance(ask, Work):
+            yield ask.flops, 0.0
         elif not isinstance(ask, Fit):
             yield from map(workers.work, ask if isinstance(ask, list) else [ask])
 
