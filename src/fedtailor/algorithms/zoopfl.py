@@ -52,6 +52,7 @@ from fedtailor.core import (
 from fedtailor.data.examples import IGNORED
 from fedtailor.errors import ConfigError, one_of
 from fedtailor.losses import Wrapped, classification
+from fedtailor.metrics import TOKENS
 from fedtailor.techniques.peft import PROMPT, of_head
 from fedtailor.trees import moved, subtract
 
@@ -229,7 +230,16 @@ def coded(params: Tree, batch: Batch) -> tuple[Tensor, Tensor]:
 def looked(estimator: str, mu: float, forward: Forward, params: Tree, batch: Batch) -> Tree:
     """Rows of {features, code, slope (dL/dz, by calls alone), output, label, loss}."""
     found, z = coded(params, batch)
-    outputs = torch.stack([called(forward, params, batch, z + step) for step in offsets(estimator, params["towards"], mu)], 1)
+    places = offsets(estimator, params["towards"], mu)
+    size = max(
+        1, TOKENS // max(1, batch.get("input_ids", batch["labels"]).numel())
+    )  # what a call costs whatever its size is paid once
+
+    def around(steps: Tensor) -> Tensor:
+        rows = {name: t.repeat_interleave(len(steps), 0) for name, t in batch.items()}
+        return called(forward, params, rows, (z[:, None] + steps).flatten(0, 1)).view(len(z), len(steps), -1)
+
+    outputs = torch.cat([around(steps) for steps in places.split(size)], 1)
     logits, labels = outputs @ params[OUTPUT].mT, batch["labels"]
     losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(outputs.shape[1]), reduction="none").view(len(z), -1)
     plain = outputs.mean(1) if estimator == "cge" else outputs[:, 0]
