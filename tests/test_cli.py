@@ -401,7 +401,7 @@ def test_a_comparison(compared: tuple[Path, list[dict[str, Any]]]) -> None:
     assert rows[-1]["global_test"]["mean"] == pytest.approx(np.mean(majority))
     text = (folder / "compare.md").read_text(encoding="utf-8")
     assert all(f"| {row['name']} |" in text for row in rows)
-    assert (folder / "report.html").is_file()
+    assert "first seed; means over all 3 stand in compare.md" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_comparison_skips_what_is_done_and_resumes_what_was_cut(

@@ -307,6 +307,12 @@ def test_newcomers_are_shown_and_are_no_clients_of_the_federation(tmp_path: Path
     assert "Newcomers" not in alone.text  # the path has the word too
 
 
+def test_a_comparison_says_what_is_not_in_it(tmp_path: Path) -> None:
+    two = [folder(tmp_path / name, clients=3, name=name) for name in ("one", "two")]
+    out = write(two, tmp_path / "report.html", "Only <some> seeds.")
+    assert "Only &lt;some&gt; seeds." in out.read_text(encoding="utf-8")
+
+
 def test_a_thousand_clients(tmp_path: Path) -> None:
     run = folder(tmp_path / "run", clients=1000, labels=tuple(f"class {k}" for k in range(100)))
     begun = time.perf_counter()

@@ -104,7 +104,9 @@ def compare(
     folder = out or Path("runs") / f"{chosen.name}-compare"
     with watching(err, chosen.rounds, many=True) as watch:
         rows = compare_cases(chosen, folder, watch, only or ())
-    page = write([Path(r) for row in rows for r in row["runs"][:1]], folder / "report.html")
+    seeds = max((row["seeds"] for row in rows), default=1)
+    note = f"Each case's first seed; means over all {seeds} stand in compare.md." if seeds > 1 else ""
+    page = write([Path(r) for row in rows for r in row["runs"][:1]], folder / "report.html", note)
     if as_json:
         runs = [(row["name"], Path(run)) for row in rows for run in row["runs"]]
         print(json.dumps([{"case": name, **summary_of(run), "run": str(run)} for name, run in runs]))

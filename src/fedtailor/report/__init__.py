@@ -19,13 +19,13 @@ from fedtailor.report.figures import Figure
 from fedtailor.report.folders import Run, number, read
 
 
-def write(runs: Sequence[Path], out: Path) -> Path:
-    """Write the page of one run, or the comparison of several, to `out`.
+def write(runs: Sequence[Path], out: Path, note: str = "") -> Path:
+    """Write the page of one run, or the comparison of several, to `out`; `note` says more of the comparison.
 
     Raises:
         ConfigError: a folder that holds no run. DataError: a run that cannot be read. RunError: `out` cannot be written.
     """
-    page = html(read(runs))
+    page = html(read(runs), note)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(page, encoding="utf-8")
@@ -34,11 +34,11 @@ def write(runs: Sequence[Path], out: Path) -> Path:
     return out
 
 
-def html(runs: Sequence[Run]) -> str:
+def html(runs: Sequence[Run], note: str = "") -> str:
     from plotly.offline import get_plotlyjs
 
     script = str(get_plotlyjs())
-    body = _single(runs[0]) if len(runs) == 1 else _several(runs)
+    body = _single(runs[0]) if len(runs) == 1 else _several(runs, note)
     title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs"
     size = f"{len(script.encode()) / 1e6:.1f} MB"
     footer = (
@@ -72,7 +72,7 @@ def _single(run: Run) -> str:
     )
 
 
-def _several(runs: Sequence[Run]) -> str:
+def _several(runs: Sequence[Run], note: str) -> str:
     metrics = " and ".join(dict.fromkeys(run.metric for run in runs if run.finished)) or "metric"
     curves, spread = figures.curves(runs), figures.spread(runs)
     boxes = "".join(
@@ -85,9 +85,10 @@ def _several(runs: Sequence[Run]) -> str:
         f"{_subtitle(run)}{_notice(run)}{_cards(run)}{_prompt(run)}{_influence(run)}{_parts(run)}{_files(run)}</details>"
         for run in runs
     )
+    told = f"Test metric: {escape(metrics)}" + (f". {escape(note)}" if note else "")
     return "".join(
         [
-            f'<header><h1>{len(runs)} runs compared</h1><p class="soft">Test metric: {escape(metrics)}</p></header>',
+            f'<header><h1>{len(runs)} runs compared</h1><p class="soft">{told}</p></header>',
             _comparison(runs),
             _section("Over the rounds", legend + (_over(runs) if curves else ""), [*curves, *spread]),
             _section(gains.TITLE, "", gains.drawn(runs), wide=True),
