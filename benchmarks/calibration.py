@@ -2,7 +2,7 @@
 
     python benchmarks/calibration.py RUN [RUN ...]            (folders of `fedtailor compare`: RUN/seed-*; classes only)
 
-    python benchmarks/calibration.py runs/personal/Banking77_{local,fedavg_head,finetune,pac_pfl}      (those of docs/algorithms/pac_pfl.md)
+    python benchmarks/calibration.py runs/personal/Banking77_{pac_pfl,pac_pfl_one_tree,local,finetune,fedavg_head}   (docs/algorithms/pac_pfl.md)
 
 Every run's last checkpoint is opened again with the metric `ece`, on the test rows of the clients' own; the sums of all clients of a seed
 are added before the error is taken, as a client's few dozen rows say little about fifteen bins. Newcomers are judged as they come:

@@ -226,6 +226,11 @@ def test_one_file_may_serve_several_sites(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("FEDTAILOR_MEMBER", str(tmp_path / "all.toml"))
     found = brought(Path("nowhere"), "north")
     assert found.own == Given("north.csv", pair=("p", "q"))
+    for text, models in (('"here"', ("here",)), ('["a=here", "b=there"]', ("a=here", "b=there"))):
+        (tmp_path / "one.toml").write_text(f'data = "x.csv"\nmodel = {text}', encoding="utf-8")
+        monkeypatch.setenv("FEDTAILOR_MEMBER", str(tmp_path / "one.toml"))
+        assert brought(Path("nowhere"), "north").own.models == models
+    monkeypatch.setenv("FEDTAILOR_MEMBER", str(tmp_path / "all.toml"))
     assert (found.limits.bytes, found.limits.verbs) == (2e6, frozenset({"train"}))
     monkeypatch.setenv("FEDTAILOR_MEMBER", str(tmp_path / "{site}.toml"))
     with pytest.raises(ConfigError, match=r"north\.toml' is not there"):

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -22,6 +23,7 @@ import grpc
 import hostile
 from federations import Outcome
 from fedtailor import wire
+from fedtailor.config import parse
 from fedtailor.core import SERVER, Message
 from fedtailor.errors import FedtailorError, RunError
 from fedtailor.federation import frames, join, line, post
@@ -30,7 +32,10 @@ from fedtailor.federation.frames import EXPERIMENT, FINISH, LETTER, LineError, P
 from fedtailor.federation.line import Line
 from fedtailor.federation.member import Limits, Member, Own
 from fedtailor.federation.replies import complaint, spent
+from fedtailor.federation.serve import Server
 from fedtailor.filters import AT, SCALE, SHAPE, chain
+from fedtailor.run import Watch
+from fedtailor.simulation import build
 from hostile import FRAMES, WANTED, Attack, Dice
 from owners import Federation, Owners, owners
 from test_contract import CASES, arguments
@@ -245,6 +250,15 @@ def started(three: Owners, folder: Path, names: tuple[str, ...], **sections: Any
     for name in names:
         federation.member(name, Own(str(three.own[name]), models=(str(three.model),)), wait=False)
     return federation
+
+
+def test_who_has_no_place_is_not_agreed_with_whatever_it_says(three: Owners) -> None:
+    told: list[tuple[str, str]] = []
+    line = SimpleNamespace(tell=lambda member, note: told.append((member, note["why"])))
+    server = Server(build(parse(three.values())), line, Watch(), None)  # type: ignore[arg-type]
+    assert not server._agree("west", {"is": "ready", "holds": "ends"})
+    assert told[0][0] == "west"
+    assert "not among the members" in told[0][1]
 
 
 def test_a_storm_at_the_port_changes_nothing(three: Owners, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

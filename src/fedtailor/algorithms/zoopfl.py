@@ -231,9 +231,8 @@ def looked(estimator: str, mu: float, forward: Forward, params: Tree, batch: Bat
     """Rows of {features, code, slope (dL/dz, by calls alone), output, label, loss}."""
     found, z = coded(params, batch)
     places = offsets(estimator, params["towards"], mu)
-    size = max(
-        1, TOKENS // max(1, batch.get("input_ids", batch["labels"]).numel())
-    )  # what a call costs whatever its size is paid once
+    # Several places in one call: what a call costs whatever its size is paid once.
+    size = max(1, TOKENS // max(1, batch.get("input_ids", batch["labels"]).numel()))
 
     def around(steps: Tensor) -> Tensor:
         rows = {name: t.repeat_interleave(len(steps), 0) for name, t in batch.items()}

@@ -187,10 +187,15 @@ class Server:
         )
 
     def _greet(self, member: ClientId) -> None:
-        if member in self.world.facts.clients:
-            self.post.send(member, self._experiment(member))
+        if why := self._stranger(member):
+            self._refuse(member, why)
         else:
-            self._refuse(member, f"'{member}' is not among the members of this run ({', '.join(self.world.facts.clients)})")
+            self.post.send(member, self._experiment(member))
+
+    def _stranger(self, member: ClientId) -> str:
+        """Why there is no place for it; "" where there is one."""
+        here = self.world.facts.clients
+        return "" if member in here else f"'{member}' is not among the members of this run ({', '.join(here)})"
 
     def _cut(self, member: ClientId) -> tuple[int, int] | None:
         """Layers that a member with data of its own holds; None: the whole model."""
@@ -210,6 +215,9 @@ class Server:
         return Parcel(f"{self.post.session}-experiment-{member}", {"is": EXPERIMENT}, wire.encode(Message(EXPERIMENT, body)))
 
     def _agree(self, member: ClientId, note: Header) -> bool:
+        if why := self._stranger(member):  # it was not asked, and says that it is ready all the same
+            self._refuse(member, why)
+            return False
         cut = self._cut(member) if note.get("holds") == "ends" else None
         place = cut, self.world.facts.everybody.index(member) % max(len(self.world.kits), 1)
         if place not in self._ours:

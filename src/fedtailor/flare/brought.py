@@ -65,8 +65,5 @@ def _of(found: dict[str, Any], path: Path) -> Brought:
     own = {k: v for k, v in found.items() if k in Own._fields and k != "pair"}
     verbs = frozenset(str(verb) for verb in found.get("verbs", []))
     limits = Limits(verbs, 1e6 * found.get("mb_a_round", 0), found.get("epochs", 0))
-    return Brought(
-        Own(**own, pair=pair, models=(models,) if isinstance(models, str) else tuple(map(str, models))),
-        limits,
-        found.get("home", ""),
-    )  # type: ignore[arg-type]
+    own |= {"pair": pair, "models": (models,) if isinstance(models, str) else tuple(map(str, models))}
+    return Brought(Own(**own), limits, found.get("home", ""))
