@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import statistics
 import tempfile
 import tomllib
 from collections.abc import Mapping
@@ -28,7 +27,7 @@ from fedtailor.core import SERVER, ClientId, Message, Tree
 from fedtailor.evaluation import gathered
 from fedtailor.folder import EXPERIMENT
 from fedtailor.metrics import accuracy, ece, mean_loss, total
-from fedtailor.newcomers import among, beside, own_rows
+from fedtailor.newcomers import beside, coming, own_rows
 
 COLUMNS = {"accuracy": accuracy, "nll": mean_loss, "ece": ece}
 
@@ -44,7 +43,9 @@ def main() -> None:
     print("|---|---|" + "---|" * 2 * len(COLUMNS))
     for folder, found in seeds.items():
         told = [judged(path) for path in track(found, folder.name, console=Console(stderr=True), transient=True)]
-        cells = [spread([value(sums[who]) for sums in told]) for who in ("trained", "new") for value in COLUMNS.values()]
+        cells = [
+            spread([value(sums[who]) for sums in told if sums[who]]) for who in ("trained", "new") for value in COLUMNS.values()
+        ]
         print(f"| {folder.name} | {len(found)} | " + " | ".join(cells) + " |", flush=True)
 
 
@@ -56,10 +57,10 @@ def judged(run: Path) -> dict[str, Tree]:
         values["data"]["metric"] = "ece"
         (copy / EXPERIMENT).write_text(tomli_w.dumps(values), encoding="utf-8")
         with gathered(copy) as (world, engine, state):
-            here, number, rows = world.facts.newcomers, world.experiment.rounds, own_rows(world)
-            replies = engine.converse(world.algorithm.answer(state, world.facts.clients), number, rows)
+            talk = world.algorithm.answer(state, world.facts.clients)
+            replies = engine.converse(talk, world.experiment.rounds, own_rows(world))
             with beside(world) as apart:
-                new = apart.converse(among(world.joining.answer(state, here), here), number, rows)
+                new = coming(world, apart, state)
         return {"trained": of_clients(replies), "new": of_clients(new)}
 
 
@@ -68,9 +69,9 @@ def of_clients(replies: Mapping[ClientId, Message]) -> Tree:
 
 
 def spread(values: list[float]) -> str:
-    """The mean, and half of its 95 % t-interval where there is more than one."""
+    """The mean, and half of its 95 % t-interval where there is more than one; "-" of none."""
     if len(values) < 2:
-        return f"{statistics.mean(values):.3f}"
+        return f"{values[0]:.3f}" if values else "-"
     found = interval(values)
     return f"{found['mean']:.3f} ± {found['high'] - found['mean']:.3f}"
 

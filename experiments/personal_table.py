@@ -128,8 +128,11 @@ def picture(found: dict[str, list[Row]], docs: Path) -> None:
     from matplotlib import pyplot
 
     most = max(len(bare(rows, task)) for task, rows in found.items())
-    figure, panels = pyplot.subplots(1, len(found), figsize=(3.6 * len(found), 0.6 + 0.2 * most), squeeze=False)
-    for panel, (task, rows) in zip(panels[0], found.items(), strict=True):
+    across, down = min(2, len(found)), (len(found) + 1) // 2
+    figure, panels = pyplot.subplots(down, across, figsize=(3.6 * across, (0.6 + 0.2 * most) * down), squeeze=False)
+    for spare in panels.flat[len(found) :]:
+        spare.set_visible(False)
+    for panel, (task, rows) in zip(panels.flat, found.items(), strict=False):
         systems = bare(rows, task)[::-1]
         for place, row in enumerate(systems):
             measure, colour = row["clients_mean"], "#64748b" if row["name"] in BASELINES else "#e8710a"

@@ -117,18 +117,22 @@ def test_a_client_judges_moves_and_trains(world: Callable[..., Any]) -> None:
 
 
 def test_alone_a_client_keeps_what_helped_and_else_goes_back(world: Callable[..., Any]) -> None:
-    """Only itself as a candidate: a peer of the same tree as the baseline scores 0."""
+    """Only itself as a candidate: there is no peer, or one of the same tree as the baseline, which scores 0."""
     here = world("fedfomo", technique="head")
     base, mine = randomized(here.technique.init, 1), randomized(here.technique.init, 2)
-    letter, own = Message("train", {"peers": {"0": base}}), {"params": mine, "base": base}
-    assert apart(judged(here, own, letter, [1.0, 0.9, 1.0], mine)[0][-1], mine) < 1e-6
-    assert same(judged(here, own, letter, [1.0, 1.1, 1.0], mine)[0][-1], base)
+    own = {"params": mine, "base": base}
+    for letter, more in ((Message("train", {"peers": {"0": base}}), [1.0]), (Message("train", {"start": base}), [])):
+        assert apart(judged(here, own, letter, [1.0, 0.9, *more], mine)[0][-1], mine) < 1e-6
+        assert same(judged(here, own, letter, [1.0, 1.1, *more], mine)[0][-1], base)
 
 
-def test_a_client_alone_in_the_federation_is_local(federation: Callable[..., Outcome]) -> None:
+def test_a_client_alone_in_the_federation_goes_on_or_begins_again(federation: Callable[..., Outcome]) -> None:
     mine, local = (federation(kind, clients=1, plan=SGD, rounds=2) for kind in ("fedfomo", "local"))
-    assert same(mine.own["c0"]["params"], local.own["c0"]["params"])
     assert same(mine.state["params"], mine.own["c0"]["params"])
+    first = federation("local", clients=1, plan=SGD, rounds=1).own["c0"]["params"]
+    went_on = next(s.reply.info[OWN] for s in mine.log if s.round == 2 and s.letter.verb == "train") > 0
+    assert same(mine.own["c0"]["base"], first if went_on else mine.world.technique.init)
+    assert not went_on or apart(mine.own["c0"]["params"], local.own["c0"]["params"]) < 1e-6
 
 
 def test_what_crosses_and_what_the_server_keeps(federation: Callable[..., Outcome]) -> None:

@@ -226,6 +226,11 @@ def report(
     print(json.dumps({"report": str(page)}) if as_json else page)
 
 
+def spelled(value: Any) -> str:
+    """An option's default as TOML has it, texts without quotes."""
+    return "unset" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+
 @app.command(name="list")
 def list_(
     what: Annotated[str, typer.Argument(help="techniques, algorithms, datasets, models, partitions, filters or metrics")],
@@ -241,7 +246,7 @@ def list_(
         print(json.dumps(entries))
         return
     for entry in entries:
-        options = ", ".join(f"{k} = {v}" for k, v in entry.get("options", {}).items())
+        options = ", ".join(f"{k} = {spelled(v)}" for k, v in entry.get("options", {}).items())
         print(f"{entry['name']:<16}{entry['summary']}" + (f"\n{'':<16}options: {options}" if options else ""))
         if "gives" in entry:
             rest = f"up {entry['up']}, down {entry['down']}; rule: {entry['rule']}; techniques: {entry['takes']}"

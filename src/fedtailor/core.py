@@ -92,6 +92,10 @@ class Plan(NamedTuple):
         rate = self.lr * falling(self.decay, (round - 1) / self.rounds)
         return self._replace(lr=rate, decay="constant", rounds=1)
 
+    def count(self, rows: int) -> int:
+        """Optimiser steps of a Fit on so many rows."""
+        return (self.steps or max(1, round(self.epochs * math.ceil(rows / self.batch)))) if rows else 0
+
 
 def falling(shape: str, passed: float) -> float:
     """What is left of a rate when a share `passed` of the way is behind it: 1 at the start, 0 at the end unless constant."""
@@ -362,7 +366,10 @@ class Job(NamedTuple):
     plan: Plan = Plan()
     clients: int = 1  # all clients of the federation, not only a cohort
     device: str = "cpu"
-    sizes: tuple[int, ...] = ()  # ranks or prefix lengths, where clients differ in them; the initial tree has the largest
+    names: Sequence[ClientId] = ()  # theirs
+    sizes: tuple[
+        int, ...
+    ] = ()  # ranks or prefix lengths of the clients in turn, where they may differ; the initial tree has the largest
     exact_down: bool = True  # what the server sends arrives unrounded (no lossy filter)
     exact_up: bool = True  # what a client sends does, but for gradients
     valid: float = 0.1  # share of a client's rows that are for validation: a site's data["valid"]

@@ -58,10 +58,11 @@ def broadcast_of(model: Model, state: Tree, client: ClientId) -> Tree:
 
 def validate(world: World, engine: Engine, state: Tree, number: int) -> dict[str, Any]:
     """The metric and the loss on validation data: what choices and early looks may use."""
-    # The server has everybody's validation rows in a simulation, and nobody's where data is with its owners.
-    cohort = world.facts.clients if world.algorithm.personal or not engine.own_states_here else []
-    replies = engine.converse(world.algorithm.answer(state, cohort), number, world.valid_sites)
-    if not engine.own_states_here:
+    # The server has everybody's validation rows in a simulation, and nobody's where data is with its owners. Where clients have models
+    # of their own these are what is chosen, and what the server has beside them (a student) is not.
+    by_clients = world.algorithm.personal or not engine.own_states_here
+    replies = engine.converse(world.algorithm.answer(state, world.facts.clients if by_clients else []), number, world.valid_sites)
+    if by_clients:
         replies.pop(SERVER, None)
     sums = total(r.body["test"] for r in replies.values() if "test" in r.body)
     return {"valid": world.metric.value(sums), "valid_loss": mean_loss(sums)} if sums else {}

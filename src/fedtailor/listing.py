@@ -16,7 +16,7 @@ def _described(registry: Mapping[str, Any], skip: tuple[str, ...] = ()) -> list[
             for n, p in parameters.items()
             if n not in skip
             and p.kind is not inspect.Parameter.VAR_KEYWORD
-            and isinstance(p.default, str | int | float | list | type)
+            and isinstance(p.default, str | int | float | list | tuple | dict | type | None)
         }
         options = {n: "required" if isinstance(v, type) else v for n, v in options.items()}
         entry_of = {"name": name, "summary": (inspect.getdoc(entry) or "").split("\n")[0], "options": options}

@@ -64,26 +64,32 @@ def beside(world: World, notice: Callable[[str], None] = lambda line: None) -> I
 def judged(world: World, engine: Local, state: State) -> dict[ClientId, dict[str, float]]:
     """Every newcomer's metric on its own test rows: "metric" as it comes, "joined" after `clients.joining` rounds."""
     here, number = world.facts.newcomers, world.experiment.rounds
-    silent = [c for c in here if world.algorithm.personal and fits(world) and not broadcast_of(world, state, c)]
-    come = answers(world, engine, state, [c for c in here if c not in silent]) | looks(world, engine, state, silent)
-    joined = come
+    joined = come = _values(world, coming(world, engine, state))
     if world.algorithm.personal:  # else they have nothing of their own
         after = state
         for further in range(1, world.experiment.clients.joining + 1):
             after = engine.converse(among(world.joining.round(after, list(here)), here), number + further)
-        joined = answers(world, engine, remembering(state, after, here), here)
+        joined = _values(world, answers(world, engine, remembering(state, after, here), here))
     return {c: {"metric": come[c], "joined": joined[c]} for c in here if c in come and c in joined}
 
 
-def answers(world: World, engine: Local, state: State, clients: list[ClientId]) -> dict[ClientId, float]:
-    """The metric of each client on its own test rows, with what it has in this engine."""
+def coming(world: World, engine: Local, state: State) -> dict[ClientId, Message]:
+    """What each newcomer's test rows say of what it is given as it comes."""
+    here = world.facts.newcomers
+    silent = [c for c in here if world.algorithm.personal and fits(world) and not broadcast_of(world, state, c)]
+    return answers(world, engine, state, [c for c in here if c not in silent]) | looks(world, engine, state, silent)
+
+
+def answers(world: World, engine: Local, state: State, clients: list[ClientId]) -> dict[ClientId, Message]:
+    """What each client's own test rows say of what it has in this engine."""
     if not clients:
         return {}
     talk = among(world.joining.answer(state, clients), clients)
-    return _values(world, engine.converse(talk, world.experiment.rounds, own_rows(world)))
+    found: dict[ClientId, Message] = engine.converse(talk, world.experiment.rounds, own_rows(world))
+    return found
 
 
-def looks(world: World, engine: Local, state: State, clients: list[ClientId]) -> dict[ClientId, float]:
+def looks(world: World, engine: Local, state: State, clients: list[ClientId]) -> dict[ClientId, Message]:
     """The same with the tree that a newcomer gets, whatever a client has; {} where it does not fit."""
     if not clients or not fits(world):
         return {}
@@ -92,7 +98,8 @@ def looks(world: World, engine: Local, state: State, clients: list[ClientId]) ->
     def talk() -> Talk:
         return (yield dict.fromkeys(clients, letter))
 
-    return _values(world, engine.converse(talk(), world.experiment.rounds, own_rows(world)))
+    found: dict[ClientId, Message] = engine.converse(talk(), world.experiment.rounds, own_rows(world))
+    return found
 
 
 def with_shared(world: World, engine: Local, state: State) -> dict[ClientId, float]:
@@ -100,7 +107,7 @@ def with_shared(world: World, engine: Local, state: State) -> dict[ClientId, flo
     model = world.algorithm.model(state)
     if not fits(world) or same(model, world.technique.init):
         return {}
-    return looks(world, engine, state, world.facts.clients)
+    return _values(world, looks(world, engine, state, world.facts.clients))
 
 
 def fits(world: World) -> bool:

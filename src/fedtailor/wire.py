@@ -65,18 +65,18 @@ class Entry(NamedTuple):
     end: int
 
 
-def encode(message: Message) -> bytes:
-    """The bytes of a message.
+def encode(message: Message, max_header: int = MAX_HEADER) -> bytes:
+    """The bytes of a message; `max_header` bounds its names, texts and lists.
 
     Raises:
         WireError: a leaf that is neither tensor, text, number, bool, None nor a list of those, and whatever `decode` refuses.
     """
     blob: bytes = save(*_prepare(message))
-    _bounded(blob[:8])
+    _bounded(blob[:8], max_header)
     return blob
 
 
-def decode(blob: bytes | bytearray | memoryview | mmap.mmap, max_bytes: int = MAX_BYTES) -> Message:
+def decode(blob: bytes | bytearray | memoryview | mmap.mmap, max_bytes: int = MAX_BYTES, max_header: int = MAX_HEADER) -> Message:
     """The message in `blob`. Its tensors share the blob's memory and must not be written to.
 
     Raises:
@@ -84,7 +84,7 @@ def decode(blob: bytes | bytearray | memoryview | mmap.mmap, max_bytes: int = MA
     """
     if len(blob) > max_bytes:
         raise WireError(f"message of {len(blob)} bytes refused: the limit is {max_bytes}")
-    message, entries, start = _head(bytes(blob[:8]), lambda n: bytes(blob[8 : 8 + n]), len(blob))
+    message, entries, start = _head(bytes(blob[:8]), lambda n: bytes(blob[8 : 8 + n]), len(blob), max_header)
     memory = blob if isinstance(blob, bytearray | mmap.mmap) else bytearray(blob)  # torch takes no read-only buffer
 
     def tensor(path: str) -> Tensor:
@@ -96,7 +96,7 @@ def decode(blob: bytes | bytearray | memoryview | mmap.mmap, max_bytes: int = MA
     return message._replace(body=_fill(message.body, tensor, ""))
 
 
-def write(message: Message, path: Path) -> int:
+def write(message: Message, path: Path, max_header: int = MAX_HEADER) -> int:
     """Encode straight into a file, atomically, without a second copy in memory; returns its size in bytes.
 
     Raises:
@@ -109,7 +109,7 @@ def write(message: Message, path: Path) -> int:
         with saving(path):
             save_file(parts, str(temporary), metadata)
         with temporary.open("rb") as file:
-            _bounded(file.read(8))
+            _bounded(file.read(8), max_header)
 
     return atomically(path, save_to)
 
@@ -129,7 +129,9 @@ def saving(path: Path) -> Iterator[None]:
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
-def read(path: Path, lazy: bool = False, max_bytes: int = MAX_BYTES, mapped: bool = False) -> Message:
+def read(
+    path: Path, lazy: bool = False, max_bytes: int = MAX_BYTES, mapped: bool = False, max_header: int = MAX_HEADER
+) -> Message:
     """The message in a file. With `lazy`, each tensor is read when it is asked for and belongs to the caller; with `mapped`, its tensors
     are the file's own pages, which the system may take back, also when the file's name is gone.
 
@@ -142,11 +144,11 @@ def read(path: Path, lazy: bool = False, max_bytes: int = MAX_BYTES, mapped: boo
             raise WireError(f"{path}: {size} bytes, the limit is {max_bytes}")
         if mapped and size:
             with path.open("rb") as file:
-                return decode(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), max_bytes)
+                return decode(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), max_bytes, max_header)
         if not lazy:
-            return decode(bytearray(path.read_bytes()), max_bytes)
+            return decode(bytearray(path.read_bytes()), max_bytes, max_header)
         with path.open("rb") as file:
-            message, entries, start = _head(file.read(8), file.read, size)
+            message, entries, start = _head(file.read(8), file.read, size, max_header)
     except OSError as error:
         raise WireError(f"{path}: cannot be read ({error.strerror})") from error
 
@@ -256,10 +258,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _bounded(first: bytes) -> None:
+def _bounded(first: bytes, most: int) -> None:
     length = int.from_bytes(first, "little")
-    if length > MAX_HEADER:
-        raise WireError(f"header of {length} bytes: texts and lists take more than the limit of {MAX_HEADER}")
+    if length > most:
+        raise WireError(f"header of {length} bytes: names, texts and lists take more than the limit of {most}")
 
 
 def _name(name: Any, path: str, depth: int) -> str:
@@ -309,13 +311,13 @@ def _fill(skeleton: Mapping[str, Any], tensor: Any, prefix: str) -> Tree:
     return out
 
 
-def _head(first: bytes, more: Any, size: int) -> tuple[Message, dict[str, Entry], int]:
+def _head(first: bytes, more: Any, size: int, most: int) -> tuple[Message, dict[str, Entry], int]:
     """(message whose body is still the skeleton, tensors by path, where their bytes start), everything checked."""
     if len(first) < 8:
         raise WireError(f"message of {size} bytes is too short to be one")
     length = int.from_bytes(first, "little")
-    if length > MAX_HEADER or 8 + length > size:
-        raise WireError(f"header of {length} bytes refused (message {size} bytes, limit {MAX_HEADER})")
+    if length > most or 8 + length > size:
+        raise WireError(f"header of {length} bytes refused (message {size} bytes, limit {most})")
     try:
         header = json.loads(more(length))
         meta = json.loads(header.pop(RESERVED)["fedtailor"])

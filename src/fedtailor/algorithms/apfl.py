@@ -13,6 +13,8 @@ costs twice FedAvg's, a message is FedAvg's.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -58,6 +60,25 @@ def mixed(alpha: Tensor, own: Tree, shared: Tree) -> Tree:
     return tree_map(lambda v, w: alpha * v + (1 - alpha) * w, own, shared)
 
 
+class Held(torch.autograd.Function):
+    """A number kept in [0, 1]: at a border its slope is nothing outwards, and all there is inwards, so that it can leave again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(alpha: Tensor) -> Tensor:
+        return alpha.clamp(0, 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        (alpha,) = ctx.saved_tensors
+        return slope.masked_fill(((alpha >= 1) & (slope < 0)) | ((alpha <= 0) & (slope > 0)), 0)
+
+
 def mixing(base: Loss, adaptive: bool) -> Loss:
     """base(w) + base(alpha v + (1 - alpha) w), w held still in the second; alpha in the params, or in `aux`."""
     return _Mixing(base, adaptive)
@@ -66,7 +87,7 @@ def mixing(base: Loss, adaptive: bool) -> Loss:
 class _Mixing(Wrapped):
     def __call__(self, forward: Forward, params: Tree, batch: Batch, aux: Tree) -> Tensor:
         _, base, adaptive = self
-        alpha = params["alpha"].clamp(0, 1) if adaptive else aux["alpha"]
+        alpha = Held.apply(params["alpha"]) if adaptive else aux["alpha"]  # type: ignore[no-untyped-call]
         still = tree_map(lambda w: w.detach(), params["shared"])
         both = base(forward, params["shared"], batch, aux) + base(forward, mixed(alpha, params["own"], still), batch, aux)  # type: ignore[operator]
         return both  # type: ignore[no-any-return]

@@ -33,7 +33,8 @@ def alike(job: Job) -> None:
             )
         if not kind.same and not job.public:
             raise ConfigError(
-                "clients.kinds: algorithm fedmosaic aligns models on examples that everybody has: set data.public (a data set, or a share)"
+                "clients.kinds: algorithm fedmosaic aligns models on examples that everybody has: set data.public (a data set, or a "
+                "share), or algorithm.kind to local"
             )
 
 

@@ -48,7 +48,7 @@ from fedtailor.core import (
     stream,
 )
 from fedtailor.data.examples import IGNORED
-from fedtailor.errors import ConfigError, one_of
+from fedtailor.errors import ConfigError, nearest, one_of
 from fedtailor.losses import Wrapped, classification
 from fedtailor.techniques.mixture import COMMON, EXPERTS, GATE, embed, expert, gate, gated
 from fedtailor.trees import moved, subtract, zeros_like
@@ -56,7 +56,7 @@ from fedtailor.trees import moved, subtract, zeros_like
 EMBEDDING = "embedding"
 
 
-@card("personal", "gate + k |t|", "gate + k |t|", "our reading", "lora, prefix, prompt, ia3, full, head")
+@card("personal", "gate + k |t| + k numbers", "gate + k |t|", "our reading", "lora, prefix, prompt, ia3, full, head")
 def ddome(
     job: Job,
     *,
@@ -81,6 +81,8 @@ def ddome(
         )
     if count > job.clients:
         raise ConfigError(f"algorithm ddome: {count} anchors, where there are {job.clients} clients")
+    if job.names and (strange := [name for name in tied if name not in job.names]):
+        raise ConfigError(f"algorithm.tied: no client is called '{strange[0]}': {nearest(strange[0], job.names[:50])}")
     if job.loss is not classification or not job.hidden:
         raise ConfigError(
             "algorithm ddome mixes class logits by hidden states: it needs data with classes and a technique that trains their logits; "

@@ -160,28 +160,23 @@ def fed_influence(
 
     def round(state: State, cohort: list[ClientId]) -> Talk:
         turn = int(state["turn"]) + 1
-        asked = [c for c in cohort if c not in state["left_out"]]
-        if not asked:
-            return {**state, "turn": turn}
-        talk = watched.round(
-            {name: t for name, t in state.items() if name not in ("influence", "turn", "left_out", "weighed")}, asked
-        )
-        replies = yield next(talk)
-        heard = {c: replies[c] for c in sorted(replies)}
-        try:
-            talk.send({c: Message("update", r.body["update"], r.info) for c, r in heard.items()})
-        except StopIteration as end:
-            new = end.value
-        if not heard:
-            return {**state, "turn": turn}
-        weights = [weigh(r) for r in heard.values()]
-        delta = subtract(new["params"], state["params"])
-        seen = followed(state["influence"], delta, heard, weights, mu, truncate, on_disk(delta))
-        results, left_out = state["weighed"], state["left_out"]
-        if turn in (plan.rounds, cleanse_at - 1) or (every and turn % every == 0):
-            known: list[ClientId] = seen["clients"]
+        seen, results, left_out = state["influence"], state["weighed"], state["left_out"]
+        new = {name: t for name, t in state.items() if name not in ("influence", "turn", "left_out", "weighed")}
+        if asked := [c for c in cohort if c not in left_out]:
+            talk = watched.round(new, asked)
+            replies = yield next(talk)
+            if heard := {c: replies[c] for c in sorted(replies)}:
+                try:
+                    talk.send({c: Message("update", r.body["update"], r.info) for c, r in heard.items()})
+                except StopIteration as end:
+                    new = end.value
+                delta = subtract(new["params"], state["params"])
+                seen = followed(seen, delta, heard, [weigh(r) for r in heard.values()], mu, truncate, on_disk(delta))
+        known: list[ClientId] = seen["clients"]
+        # In the round before `cleanse_at`, or, where too few have been heard by then, in the next that can.
+        chooses = 0 < cleanse_at <= turn + 1 and not left_out and len(known) > 1
+        if known and (chooses or turn == plan.rounds or (every and turn % every == 0)):
             letter = Message("weigh", {"params": new["params"], "eps": seen["eps"]}, {"clients": float(len(known))})
-            chooses = turn == cleanse_at - 1
             note = "clients are chosen by the server's test rows: its score on them is none of an untouched test set from here on"
             told = (yield Letters({SERVER: letter}, note=note if chooses and on == "test" else "")).get(SERVER)
             if told and len(told.body["loss"]):

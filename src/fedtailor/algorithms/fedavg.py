@@ -99,7 +99,7 @@ def one_size(job: Job, name: str) -> None:
     if len(set(job.sizes)) > 1:
         raise ConfigError(
             f"algorithm {name} needs the same rank or length at every client: leave clients.ranks and clients.lengths out, "
-            "or choose fedavg, fedprox, a server optimiser, hetlora, flora or local"
+            "or choose fedavg, fedprox, a server optimiser, hetlora or flora; with models of their own ditto, apfl, fml, fedppa or local"
         )
 
 

@@ -95,10 +95,11 @@ def fedbasis(
     def merge(state: State, replies: dict[ClientId, Message]) -> State:
         told = list(replies.values())
         params: Tree = {}
-        for k, (name, basis) in enumerate(state["params"].items()):
+        for k, (name, basis) in enumerate(in_order(state["params"])):
             shares = [float(r.body["share"][k]) if "share" in r.body else 1.0 for r in told]
             heavy = [weigh(r) * share for r, share in zip(told, shares, strict=True)]
-            params[name] = moved(basis, [r.body["bases"][name] for r in told], heavy)
+            # A basis that nobody has a share in stays where it is.
+            params[name] = moved(basis, [r.body["bases"][name] for r in told], heavy) if sum(heavy) > 0 else basis
         return {"params": params}
 
     def equal(broadcast: Tree) -> Tree:
@@ -140,9 +141,14 @@ def begun(params: Tree, number: int, spread: float, seed: int) -> Tree:
     )
 
 
+def in_order(bases: Tree) -> list[tuple[str, Tree]]:
+    """By number: a tree that has crossed the wire is sorted by name, in which b10 comes before b2."""
+    return sorted(bases.items(), key=lambda item: int(item[0][1:]))
+
+
 def combined(bases: Tree, scores: Tree, tau: float) -> Tree:
     """The tree of a client: bases {b0, b1, ...}, each a flat tree; scores (bases,) by tensor name, or one of them as "tree"."""
-    trees = list(bases.values())
+    trees = [basis for _, basis in in_order(bases)]
     if len(trees) == 1:
         return dict(trees[0])
 

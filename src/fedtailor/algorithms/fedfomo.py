@@ -69,7 +69,7 @@ def fedfomo(
         peers = msg.body.get("peers", {})
         trees = [mine["params"], *(peers[str(i)] for i in range(len(peers)))]
         start, scores = mine["params"], {}
-        if peers and len(valid):
+        if (own or peers) and len(valid):
             judged = {str(i): tree for i, tree in enumerate([base, *trees])}
             outputs = yield Predict(partial(side_by_side, job.judge), judged, site.data["valid"], passes=len(judged))
             losses = [mean_loss(job.tally(one)) for one in apart(outputs)]

@@ -136,7 +136,8 @@ def fedmosaic(
         each = dict(zip(trees, shares[client].tolist(), strict=True))
 
         def mean(those: list[ClientId], part: Callable[[Tree], Tree]) -> Tree:
-            return weighted_mean([part(trees[c]) for c in those], [each[c] for c in those]) if those else {}
+            # Of a small `tau` nothing may be left for any of them.
+            return weighted_mean([part(trees[c]) for c in those], [each[c] for c in those]) if any(each[c] for c in those) else {}
 
         if not job.kinds:
             return mean(others, dict)

@@ -3,7 +3,8 @@
 
 The paper's: local training, the layers in common (same kind, same order), their plain mean over the clients that have them, and an
 alignment of clients with it that grows; FedPPA+ weighs by the entropy of a client's labels. How they are aligned is not public:
-**our reading** does it inside the next round's training, in `stages` s = 1..S of equal length, over common layers only,
+**our reading** does it inside the next round's training, in `stages` s = 1..S of equal length, over common layers only
+(together they are the experiment's plan: as many steps, every row once a pass; `train.schedule` starts anew in each),
     rule "interpolate":  m <- (1 - lam s/S) m + lam s/S mean, before each stage
     rule "proximal":     loss + (lam s/S)/2 ||m - mean||^2, in each stage
     server: mean_l = sum e_i m_i,l over the clients whose layers are like each other's up to l;  e_i = 1, or the entropy ("entropy")
@@ -16,20 +17,28 @@ The wire is a client's adapted layers, each way.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from fedtailor.algorithms.cards import card
 from fedtailor.algorithms.checks import checks, update
-from fedtailor.core import Algorithm, ClientId, Fit, Flow, Job, Layers, Message, Part, Site, State, Talk, Tree, answer_with
+from fedtailor.core import Algorithm, ClientId, Fit, Flow, Job, Layers, Message, Part, Plan, Site, State, Talk, Tree, answer_with
 from fedtailor.errors import ConfigError, one_of
 from fedtailor.losses import proximal
 from fedtailor.trees import signature, weighted_mean
 
+NO_LAYERS = (
+    "algorithm fedppa averages layer by layer: choose a technique with tensors of each layer (lora, ia3, full) of a model that has a list of "
+    "layers; for a prefix, a prompt or a head alone there is fedbasis, which takes any tree"
+)
 
-@card("personal", "adapted layers", "adapted layers", "our reading", "lora, ia3, full")
+
+@card("personal", "adapted layers (+ 1 number)", "adapted layers; all at first", "our reading", "lora, ia3, full")
 def fedppa(
     job: Job,
     *,
@@ -50,29 +59,36 @@ def fedppa(
         raise ConfigError(f"algorithm.stages: parts of a round's training, at least 1 (got {stages})")
     if weights == "entropy" and not job.classes:
         raise ConfigError("algorithm.weights = 'entropy' is that of class labels, which this data has not: use 'uniform'")
-    if job.layers is None or any(depth < 0 for depth in depths):
-        raise ConfigError(
-            "algorithm fedppa averages layer by layer: it needs a model that has a list of layers, and depths of 0 or more"
-        )
+    if job.layers is None:
+        raise ConfigError(NO_LAYERS)
     layers = job.layers
+    if not all(1 <= depth <= layers.depth for depth in depths):
+        raise ConfigError(
+            f"algorithm.depths: how many layers clients in turn adapt, each from 1 to {layers.depth} of this model (got {list(depths)})"
+        )
+    alike = Counter(job.sizes[i % len(job.sizes)] if job.sizes else 0 for i in range(job.clients))
+    if job.clients > 1 and max(alike.values()) < 2:
+        raise ConfigError(
+            "algorithm fedppa: no two clients have a layer in common, as each has another rank: give two of clients.ranks the same, or "
+            "choose fml, whose clients learn from a model of one size beside their own"
+        )
 
     def train(own: Tree | None, msg: Message, site: Site) -> Flow:
         params = own["params"] if own else begun(site)
         mean = {n: t for n, t in msg.body.items() if n in params and params[n].shape == t.shape}
-        moments: Tree = {}
-        for stage in range(1, stages + 1):
+        moments, seen = dict[str, Any](), 0.0
+        for stage, rows in enumerate(dealt(job.plan, len(site.data["train"]), stages, site.random("fedppa")), start=1):
             pull, loss, aux = lam * stage / stages, job.loss, {}
             if rule == "interpolate":
                 params = {n: t.lerp(mean[n], pull) if n in mean else t for n, t in params.items()}
             elif mean and pull:
                 loss, aux = proximal(job.loss, pull), {"anchor": mean}
-            steps = job.plan.steps * stage // stages - job.plan.steps * (stage - 1) // stages
-            part = job.plan._replace(epochs=job.plan.epochs / stages, steps=steps)
-            if job.plan.steps and not steps:
-                continue
-            done = yield Fit(loss, params, site.data["train"], aux, part, moments)
-            params, moments = done.params, done.optimizer
-        told = {"n": float(len(site.data["train"])), "loss": done.seen["loss"]}
+            if rows:
+                done = yield Fit(
+                    loss, params, site.data["train"].take(rows), aux, job.plan._replace(epochs=1.0, steps=0), moments
+                )
+                params, moments, seen = done.params, done.optimizer, done.seen["loss"]
+        told = {"n": float(len(site.data["train"])), "loss": seen}
         if weights == "entropy":
             told["entropy"] = entropy(site.data["train"].column("labels"))
         return {"params": params}, Message("update", layered(params), told)
@@ -88,10 +104,7 @@ def fedppa(
     def init(params: Tree) -> State:
         held = [n for layer in by_layer(layers, params) for n in layer]
         if not held or len(set(held)) < len(held):
-            raise ConfigError(
-                "algorithm fedppa averages layer by layer: choose a technique with tensors of each layer (lora, ia3, full); a prefix is one "
-                "tensor over all of them, for which there is fedper"
-            )
+            raise ConfigError(NO_LAYERS)
         return {"params": params, "means": {}, "groups": {}}
 
     def round(state: State, cohort: list[ClientId]) -> Talk:
@@ -152,6 +165,17 @@ def fedppa(
 def by_layer(layers: Layers, tree: Tree) -> list[Tree]:
     """What of a tree lies in each layer of the model, and in no other place."""
     return [layers.part(tree, Part(number, number + 1, False, False)) for number in range(layers.depth)]
+
+
+def dealt(plan: Plan, rows: int, stages: int, random: Generator) -> list[list[int]]:
+    """Row numbers of each stage: the plan's batches, its passes one after the other, in `stages` parts as equal as can be."""
+    batches: list[list[int]] = []
+    while len(batches) < plan.count(rows):
+        order = torch.randperm(rows, generator=random).tolist()
+        batches += [order[i : i + plan.batch] for i in range(0, rows, plan.batch)]
+    steps = plan.count(rows)
+    ends = [steps * stage // stages for stage in range(stages + 1)]
+    return [[row for batch in batches[a:b] for row in batch] for a, b in pairwise(ends)]
 
 
 def groups_of(tree: Sequence[Tree]) -> list[str]:

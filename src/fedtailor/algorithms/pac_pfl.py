@@ -65,12 +65,13 @@ from fedtailor.core import (
 from fedtailor.errors import ConfigError
 from fedtailor.losses import classification, language
 from fedtailor.optimizers import stepped
+from fedtailor.techniques.peft import of_head
 from fedtailor.trees import numel
 
 LOOSE = 0.5  # standard deviation of the log stds under the hyper-prior
 
 
-@card("personal", "2 K |t|", "2 K |t|", "exact server, our reading of a client")
+@card("personal", "exchanges (2 K |t| + K + 1)", "exchanges 2 K |t|", "exact server, our reading of a client")
 def pac_pfl(
     job: Job,
     *,
@@ -102,9 +103,10 @@ def pac_pfl(
 
     def init(params: Tree) -> State:
         if numel(params) > most:
+            smaller = "raise it" if all(map(of_head, params)) else 'choose technique.kind = "head", or a smaller rank or length'
             raise ConfigError(
                 f"algorithm pac_pfl keeps {particles} particles of a prior over the tree: {numel(params):,} numbers are too many "
-                f'(algorithm.most = {most:,}); choose technique.kind = "head", or a smaller rank or length'
+                f"(algorithm.most = {most:,}); {smaller}, or algorithm fedbasis, which mixes trees of any size"
             )
         centre = hyper(params, std)
         noise = torch.randn((particles, len(centre)), generator=stream(job.seed, "pac_pfl"))

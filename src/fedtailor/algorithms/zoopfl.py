@@ -61,7 +61,13 @@ CELLS = 8  # of an image, each way
 ODD = 2654435761  # Knuth's: neighbours among token ids go to unlike places
 
 
-@card("personal", "(|f| + 1) d", "(|f| + 1) d", "our reading", "prefix, prompt with a trained head")
+@card(
+    "personal",
+    "(|f| + 1) d; |f| (d + 1) more while pre-training",
+    "the same",
+    "our reading",
+    "prefix, prompt with a trained head",
+)
 def zoopfl(
     job: Job,
     *,
@@ -153,9 +159,11 @@ def zoopfl(
     def personal(own: Tree | None, broadcast: Tree, site: Site) -> Tree:
         """One tree in the place of one a row: the prompt at the mean code last seen, the output map in the head."""
         now = client_side(own, broadcast)
-        at = now["code"] + now["embedding"] if own else now["bias"]
-        prompt = site.init[PROMPT] + (at @ decoder(site.init)).view_as(site.init[PROMPT])
-        return {**{name: mapped(name, t, now[OUTPUT]) for name, t in site.init.items()}, PROMPT: prompt}
+        return written(site.init, now["code"] + now["embedding"] if own else now["bias"], now[OUTPUT])
+
+    def written(tree: Tree, at: Tensor, output: Tensor) -> Tree:
+        prompt = tree[PROMPT] + (at @ decoder(tree)).view_as(tree[PROMPT])
+        return {**{name: mapped(name, t, output) for name, t in tree.items()}, PROMPT: prompt}
 
     def answered(own: Tree | None, msg: Message, site: Site) -> Flow:
         asked, body = {**client_side(own, msg.body), "tree": site.init, "decoder": decoder(site.init)}, {}
@@ -170,11 +178,7 @@ def zoopfl(
         round=one_exchange(serve, merge),
         client={"reconstruct": reconstruct, "train": train, "answer": answered},
         answer=answer,
-        model=lambda state: {
-            **state["params"],
-            PROMPT: state["params"][PROMPT]
-            + (state["shared"]["bias"] @ decoder(state["params"])).view_as(state["params"][PROMPT]),
-        },
+        model=lambda state: written(state["params"], state["shared"]["bias"], state["shared"][OUTPUT]),
         personal=personal,
         check=checks(job, reconstruct=update(), train=update()),
     )

@@ -16,6 +16,8 @@ from fedtailor.trees import nbytes
 MANIFEST = "checkpoint.json"
 LARGE = 256_000_000
 """Bytes above which a server's state is not copied into memory to be read or hashed."""
+OWN = sys.maxsize
+"""What is read here was written here: no bound against strangers. A state may have a tree a client, by name."""
 
 
 class States:
@@ -107,10 +109,10 @@ class States:
     def _hashed(self, message: Message) -> Any:
         """sha256 of a message's bytes, of large ones through a file: in memory they would be a second copy."""
         if nbytes(message.body) <= LARGE:
-            return hashlib.sha256(wire.encode(message))
+            return hashlib.sha256(wire.encode(message, OWN))
         path = self.folder / ".writing-to-hash"
         try:
-            wire.write(message, path)
+            wire.write(message, path, OWN)
             with path.open("rb") as file:
                 return hashlib.file_digest(file, "sha256")
         finally:
@@ -120,7 +122,7 @@ class States:
         self._count += 1
         name = f"{stem}-{self._count:08d}.safetensors"
         try:
-            wire.write(Message("state", tree), self.folder / name)
+            wire.write(Message("state", tree), self.folder / name, OWN)
         except OSError as error:
             raise RunError(f"{self.folder}: cannot write state ({error.strerror}): free space, then --resume") from error
         self.digests[name] = wire.sha256_of(self.folder / name)
@@ -130,7 +132,7 @@ class States:
         """A file of the checkpoint; with `mapped` a large one is not copied into memory."""
         self._verify(name)
         path = self.folder / name
-        return wire.read(path, max_bytes=sys.maxsize, mapped=mapped and path.stat().st_size > LARGE)  # its own, not a stranger's
+        return wire.read(path, max_bytes=OWN, mapped=mapped and path.stat().st_size > LARGE, max_header=OWN)
 
     def _verify(self, name: str) -> None:
         path = self.folder / name

@@ -33,7 +33,7 @@ def alone(run: Run, runs: Sequence[Run]) -> Run | None:
 def _held(run: Run) -> tuple[Any, ...]:
     """What says who holds which rows, and how they are judged."""
     experiment, clients = run.experiment, run.experiment.get("clients", {})
-    split = [clients.get(key) for key in ("count", "partition", "test", "newcomers")]
+    split = [clients.get(key) for key in ("count", "partition", "test", "valid", "newcomers")]
     return experiment.get("seed"), experiment.get("data"), split, run.metric
 
 
