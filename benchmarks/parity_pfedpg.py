@@ -7,17 +7,22 @@ Their `prompt_generator` (one descriptor row a client, base added) with the serv
 `pfedpg` with `rows = "one"`, both by plain descent: their Adam counts a client's steps by everybody's and moves the descriptors of who is not
 there, ours does neither. Clients are stood in for by random changes: what is compared is the server. The bias of their output
 layer is left out: the paper has none. torchvision, which they import for their model, is left empty.
+
+Then what the gradients of other re-implementations do, by our generator: whether a step of the server leads a prompt to what the client found.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from unittest.mock import MagicMock
 
 import torch
 from parity import apart, job
+from torch import Tensor
 
 from fedtailor.algorithms import ALGORITHMS
+from fedtailor.algorithms.pfedpg import generated
 from fedtailor.core import Message, Plan, Tree, stream
 from fedtailor.techniques.peft import PROMPT
 
@@ -67,6 +72,26 @@ def main(checkout: str) -> None:
     print(f"prompts sent: largest difference {worst:.1e}")
     apart("generator", state["generator"], tree(), start)
     apart("descriptors", {c: state["clients"][c]["descriptor"] for c in CLIENTS}, descriptors(), first)
+    signs(start, first["c0"])
+
+
+def signs(generator: Tree, descriptor: Tensor) -> None:
+    """Cosine of how a step moves a prompt and of what the client changed in it, the mean of a hundred random changes."""
+    gradients: dict[str, Callable[[Tensor], Tensor]] = {
+        "ours, as pFedHN's": lambda change: -change,
+        "P~ - P (MSungK/pFedPG, or the paper's words taken literally)": lambda change: change,
+        "all entries of P dP' (dbd05088/FederatedCL)": lambda change: change.sum(0).expand_as(change),
+    }
+    for name, gradient in gradients.items():
+        found = []
+        for number in range(100):
+            change = torch.randn(ROWS, SIZE, generator=stream(0, "sign", number))
+            leaves = {part: t.clone().requires_grad_() for part, t in generator.items()}
+            before = generated(leaves, descriptor, True)
+            slopes = torch.autograd.grad(before, list(leaves.values()), grad_outputs=gradient(change))
+            after = generated({part: t - RATE * g for (part, t), g in zip(leaves.items(), slopes, strict=True)}, descriptor, True)
+            found.append(torch.cosine_similarity((after - before).detach().flatten(), change.flatten(), dim=0))
+        print(f"{name}: cosine of a step with the client's change {float(torch.stack(found).mean()):+.3f}")
 
 
 if __name__ == "__main__":

@@ -120,6 +120,7 @@ def world_of(
         judged.tally,
         plan,
         clients=clients,
+        names=[f"c{i}" for i in range(clients)],
         sizes=tuple((sizes or {}).values()),
         seed=seed,
         passes=technique.passes,
@@ -132,7 +133,7 @@ def world_of(
     )
     log: list[Seen] = []
     algorithm = watched(ALGORITHMS[kind](job, **(options or {})), log)
-    names = [f"c{i}" for i in range(clients)]
+    names = list(job.names)
     train = {
         c: np.arange(0) if c in empty else np.arange(8) if equal else np.arange(i * 10, i * 10 + 6 + i)
         for i, c in enumerate(names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import math
 import shlex
@@ -24,6 +25,7 @@ from fedtailor.config import load
 from fedtailor.core import Message
 from fedtailor.folder import written
 from fedtailor.ledger import COLUMNS
+from fedtailor.options import CODE
 from fedtailor.predict import _asked
 from fedtailor.techniques import TECHNIQUES
 from tiny import LABELS
@@ -242,6 +244,16 @@ def test_lists(what: str, call: Call) -> None:
     registry = {"techniques": list(TECHNIQUES), "algorithms": list(ALGORITHMS), "models": ["minilm"], "datasets": ["pydocs"]}
     assert sorted(registry.get(what, names)) == sorted(names)
     assert [line.split()[0] for line in call(f"list {what}").out.splitlines() if not line.startswith(" ")] == names
+    for entry in entries if what == "algorithms" else ():  # every option that an experiment may give
+        made = inspect.signature(ALGORITHMS[entry["name"]]).parameters.values()
+        given = {p.name for p in made if p.name != "job" and p.name not in CODE and p.kind is not p.VAR_KEYWORD}
+        assert set(entry["options"]) == given
+
+
+def test_options_are_told_as_toml_has_them(call: Call) -> None:
+    told = call("list algorithms").out
+    for words in ("depths = []", "anchors = unset, tied = []", "renormalise = true", "rule = interpolate"):
+        assert words in told
 
 
 def test_predictions(call: Call, ran: Callable[..., Path], folders: Callable[[str], Path]) -> None:

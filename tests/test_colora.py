@@ -19,7 +19,7 @@ from fedtailor.algorithms.fedmosaic import weights
 from fedtailor.algorithms.gates import mixed
 from fedtailor.backbone import Backbone
 from fedtailor.config import parse
-from fedtailor.core import Plan, Tree
+from fedtailor.core import Plan, Tree, Work
 from fedtailor.engines.answering import answer, drive
 from fedtailor.engines.local import Local
 from fedtailor.engines.states import States
@@ -371,10 +371,16 @@ def test_aligned_adapters_say_more_alike(place: int, written: Callable[..., dict
     assert site.reference
     flow: Any = align(site, kind.frozen, world.job.frozen, 20, 200, 1e-2)
 
+    worked = []
+
     def answered(asks: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(asks[client], Work):
+            worked.append(asks[client])
+            return {client: None}
         return answer(asks, crew.of("server" if asks[client].reference else client), lambda c: torch.Generator(), False)
 
     found = drive({client: flow}, answered)[client]
+    assert worked[0].flops > 0
     if place == 2:  # DistilBERT here has the same tokens
         assert world.kit(client).backbone.processor is not None
 

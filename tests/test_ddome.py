@@ -352,6 +352,7 @@ def test_strangers_choices_are_looked_at(world: Maker) -> None:
         ({"gate_lr": -1.0}, {}, "gate_lr >= 0"),
         ({"anchors": -1}, {}, "anchors >= 0"),
         ({"anchors": 4}, {}, "4 anchors, where there are 3 clients"),
+        ({"tied": ["c7"]}, {}, "algorithm.tied: no client is called 'c7': did you mean 'c"),
         ({"vote": "all"}, {}, "algorithm.vote"),
         ({"weighting": "all"}, {}, "algorithm.weighting"),
         ({}, {"family": "gpt2"}, "for language models choose"),

@@ -225,6 +225,14 @@ def test_the_worst_are_left_out(federation: Callable[..., Outcome]) -> None:
     asked = {r: {s.client for s in done.log if s.round == r and s.letter.verb == "train"} for r in (1, 2, 3, 4)}
     assert asked[1] == asked[2] == set(fil)
     assert asked[3] == asked[4] == set(fil) - {worst}
+    # Where nobody has been heard by then, they are left out as soon as somebody has been.
+    late = federation(
+        "fed_influence", rounds=4, clients=4, options={"cleanse_at": 3, "share": 0.25}, plan=SGD, cohorts={1: [], 2: []}
+    )
+    after = {r: {s.client for s in late.log if s.round == r and s.letter.verb == "train"} for r in (3, 4)}
+    assert after[3] == set(fil)
+    assert after[4] == set(fil) - set(late.state["left_out"])
+    assert len(after[4]) == 3
     talk = done.world.algorithm.round(done.state, [worst])
     with pytest.raises(StopIteration) as end:
         next(talk)

@@ -106,6 +106,29 @@ def test_the_wire_is_as_many_trees(federation: Federation) -> None:
     assert row["bytes_up"] == len(wire.encode(Message("update", twice, told)))
 
 
+def test_bases_go_by_their_numbers_whatever_order_they_came_in() -> None:
+    """b10 stands before b2 in what has crossed the wire."""
+    bases = {f"b{k}": {"t": torch.full((2,), float(k))} for k in range(12)}
+    scores = {"t": torch.zeros(12).index_fill(0, torch.tensor([2]), 1e4)}
+    received = wire.decode(wire.encode(Message("train", bases))).body
+    assert list(received) != list(bases)
+    assert same(combined(received, scores, 1.0), combined(bases, scores, 1.0))
+    assert combined(bases, scores, 1.0)["t"].tolist() == [2.0, 2.0]
+
+
+def test_a_basis_in_which_nobody_has_a_share_stays(world: Callable[..., World]) -> None:
+    here = world("fedbasis", options={"weights": "coefficients", "bases": 2}, **PREFIX)
+    state = here.algorithm.init(here.technique.init)
+    moves = {name: {n: torch.ones_like(t) for n, t in tree.items()} for name, tree in state["params"].items()}
+    talk = here.algorithm.round(state, ["c0"])
+    next(talk)
+    with pytest.raises(StopIteration) as end:
+        talk.send({"c0": Message("update", {"bases": moves, "share": torch.tensor([1.0, 0.0])}, {"n": 6.0})})
+    after = end.value.value["params"]
+    assert same(after["b1"], state["params"]["b1"])
+    assert distance(after["b0"], {n: t + 1 for n, t in state["params"]["b0"].items()}) < 1e-6
+
+
 @pytest.mark.parametrize("options", [{"bases": 0}, {"tau": 0.0}, {"per": "row"}, {"phases": "both"}, {"weights": "rows"}])
 def test_what_cannot_be_is_refused(options: dict[str, Any], world: Callable[..., World]) -> None:
     with pytest.raises(ConfigError):

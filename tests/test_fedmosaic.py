@@ -74,6 +74,17 @@ def test_a_letter_holds_the_mean_of_those_with_the_same_task(world: Callable[...
     assert same(alone["c0"].body, letters["c0"].body)  # type: ignore[index]
 
 
+def test_the_least_alike_may_weigh_nothing(world: Callable[..., World]) -> None:
+    here = world("fedmosaic", options={"tau": 1e-3}, clients=3)
+    shares = weights({"c0": matrix((1, 0)), "c1": matrix((1, 0)), "c2": matrix((-1, 0))}, 1e-3)
+    assert shares["c0"].tolist() == [0.0, 1.0, 0.0]
+    init = here.algorithm.init(here.technique.init)
+    trees = {c: randomized(here.technique.init, i) for i, c in enumerate(here.clients)}
+    sketches = {"c0": matrix((1, 0)), "c1": matrix((1, 0)), "c2": matrix((-1, 0))}
+    letters = next(here.algorithm.round({**init, "trees": trees, "sketches": sketches}, here.clients))
+    assert same(letters["c0"].body["global"], trees["c1"])  # type: ignore[call-overload,index]
+
+
 def test_without_temperature_everybody_gets_the_plain_mean_of_the_others(federation: Federation) -> None:
     done = federation("fedmosaic", options={"tau": 1e9, "samples": 1}, rounds=2)
     last = {s.client: s.reply.body["tree"] for s in done.log if s.round == 1 and s.letter.verb == "train"}

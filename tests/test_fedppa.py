@@ -11,7 +11,7 @@ import torch
 
 from federations import Outcome, World
 from fedtailor import wire
-from fedtailor.algorithms.fedppa import by_layer, entropy
+from fedtailor.algorithms.fedppa import by_layer, dealt, entropy
 from fedtailor.core import Message, Plan
 from fedtailor.errors import ConfigError
 from fedtailor.techniques.peft import of_head
@@ -116,12 +116,38 @@ def test_the_wire_is_the_adapted_layers(federation: Federation) -> None:
 
 
 @pytest.mark.parametrize(
+    "plan", [Plan(epochs=1, batch=4), Plan(epochs=2, batch=3), Plan(epochs=0.5, batch=2), Plan(steps=5, batch=4)]
+)
+@pytest.mark.parametrize("rows", [1, 6, 23])
+def test_stages_are_one_plan(plan: Plan, rows: int) -> None:
+    """As many steps as in one training, and in each pass every row once."""
+    parts = dealt(plan, rows, 4, torch.Generator())
+    steps = plan.steps or max(1, round(plan.epochs * -(-rows // plan.batch)))
+    whole, left = divmod(steps, -(-rows // plan.batch))
+    seen = [row for part in parts for row in part]
+    assert len(parts) == 4
+    assert seen[: whole * rows] == [row for i in range(whole) for row in seen[i * rows : (i + 1) * rows]]
+    assert all(sorted(seen[i * rows : (i + 1) * rows]) == list(range(rows)) for i in range(whole))
+    assert len(set(seen[whole * rows :])) == len(seen) - whole * rows == min(left * plan.batch, rows)
+    assert parts[-1]
+    assert dealt(plan, 0, 4, torch.Generator()) == [[]] * 4
+
+
+def test_a_training_in_stages_takes_the_steps_of_one(federation: Federation) -> None:
+    flops: dict[str, Any] = {"flops": lambda rows, width: float(rows), "plan": Plan(epochs=1, batch=2), "rounds": 1}
+    staged = federation("fedppa", options={"stages": 4}, **flops)
+    assert staged.ledger.total("examples") == federation("local", **flops).ledger.total("examples")
+
+
+@pytest.mark.parametrize(
     ("options", "line"),
     [
         ({"lam": 1.5}, "from 0"),
         ({"lam": -1, "rule": "proximal"}, "from 0"),
         ({"stages": 0}, "stages"),
-        ({"depths": [-1]}, "depths"),
+        ({"depths": [-1]}, "depths.*from 1 to 2"),
+        ({"depths": [0]}, "depths.*from 1 to 2"),
+        ({"depths": [1, 3]}, "depths.*from 1 to 2"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict[str, Any], line: str, world: Maker) -> None:
@@ -129,10 +155,16 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], line: str, world: Ma
         world("fedppa", options=options)
 
 
+def test_somebody_must_have_something_in_common(world: Maker) -> None:
+    with pytest.raises(ConfigError, match=r"no two clients have a layer in common.*choose fml"):
+        world("fedppa", topts={"rank": 3}, sizes={"c0": 1, "c1": 2, "c2": 3})
+    world("fedppa", topts={"rank": 3}, sizes={"c0": 3, "c1": 2, "c2": 3})
+
+
 def test_it_needs_tensors_of_layers(world: Maker) -> None:
     for technique, topts in (("prefix", {"length": 2}), ("head", {})):
         here = world("fedppa", technique=technique, topts=topts)
-        with pytest.raises(ConfigError, match="layer by layer"):
+        with pytest.raises(ConfigError, match=r"layer by layer.*fedbasis"):
             here.algorithm.init(here.technique.init)
     with pytest.raises(ConfigError, match="layer by layer"):
         world("fedppa", technique="prompt", topts={"length": 2})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +12,16 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
+from commands import csv_of, lines
 from federations import PLAN, Outcome, World
 from fedtailor import wire
+from fedtailor.config import parse
 from fedtailor.core import SERVER, Message, Plan, stream
 from fedtailor.data.examples import Subset
 from fedtailor.engines.batches import batches
 from fedtailor.errors import ConfigError
 from fedtailor.losses import classification, language, mutual
+from fedtailor.run import run
 from fedtailor.trees import scale
 from tiny import distance, rows_of, same
 
@@ -169,3 +173,24 @@ def test_memes_are_weighed_alike_or_by_examples(world: Maker) -> None:
 def test_what_it_refuses(options: dict[str, Any], changes: dict[str, Any], says: str, world: Maker) -> None:
     with pytest.raises(ConfigError, match=says):
         world("fml", options=options, **changes)
+
+
+def test_what_is_chosen_by_is_the_private_models_and_not_the_meme(tmp_path: Path, folders: Callable[[str], Path]) -> None:
+    """With labels alone private models are those of training alone, and so is what validation rows say of them."""
+    names = ("red", "green", "blue")
+    words = [(f"{names[k % 3]} w{k % 7} fox", names[k % 3], "") for k in range(60)]
+    (tmp_path / "all.csv").write_text(csv_of(words), encoding="utf-8")
+    values: dict[str, Any] = {
+        "rounds": 2,
+        "model": {"name": str(folders("bert"))},
+        "data": {"name": str(tmp_path / "all.csv"), "test": 0.2},
+        "clients": {"count": 3, "valid": 0.3},
+        "technique": {"kind": "lora", "rank": 2},
+        "train": {"batch": 4, "lr": 0.05},
+    }
+    found = []
+    for algorithm in ({"kind": "fml", "alpha": 1.0, "beta": 1.0}, {"kind": "local"}):
+        run(parse({**values, "algorithm": algorithm}), tmp_path / algorithm["kind"])
+        found.append([(line["valid"], line["valid_loss"]) for line in lines(tmp_path / algorithm["kind"])])
+    assert found[0] == found[1]
+    assert len(found[0]) == 2

@@ -231,7 +231,8 @@ def test_a_stranger_cannot_stop_everybody_by_its_rows(world: Maker) -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"options": {"most": 100}}, 'too many .algorithm.most = 100.; choose technique.kind = "head"'),
+        ({"options": {"most": 100}}, 'too many .algorithm.most = 100.; choose technique.kind = "head".*fedbasis'),
+        ({"technique": "head", "options": {"most": 10}}, "too many .algorithm.most = 10.; raise it, or algorithm fedbasis"),
         ({"options": {"particles": 0}}, "particles, draws and exchanges of 1 or more"),
         ({"options": {"std": 0.0}}, "wide and std above 0"),
         ({"technique": "retriever"}, "choose head or lora"),

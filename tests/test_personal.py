@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.func import grad, vmap
 
 from federations import Outcome, World
 from fedtailor import wire
 from fedtailor.algorithms import ALGORITHMS
+from fedtailor.algorithms.apfl import Held
 from fedtailor.cases import cases
 from fedtailor.config import load
 from fedtailor.core import Message, Plan, Tree
@@ -191,6 +193,15 @@ def test_without_a_head_and_something_else(kind: str, world: Maker) -> None:
     here = world(kind, technique="head", plan=WHOLE._replace(rounds=3))
     with pytest.raises(ConfigError, match="tells heads from the rest"):
         here.algorithm.init(here.technique.init)
+
+
+def test_alpha_can_leave_its_border_and_goes_no_further() -> None:
+    """At 1.02, 1, 0 and -0.1, pulled inwards and outwards."""
+    at, slopes = torch.tensor([1.02, 1.0, 0.5, 0.0, -0.1]), torch.tensor([3.0, 3.0, 3.0, 3.0, 3.0])
+    moved = vmap(grad(lambda a, w: w * Held.apply(a)))
+    assert moved(at, slopes).tolist() == [3.0, 3.0, 3.0, 0.0, 0.0]
+    assert moved(at, -slopes).tolist() == [0.0, 0.0, -3.0, -3.0, -3.0]
+    assert Held.apply(at).tolist() == [1.0, 1.0, 0.5, 0.0, 0.0]  # type: ignore[no-untyped-call]
 
 
 def test_the_mixture_is_kept_where_it_belongs(federation: Federation) -> None:

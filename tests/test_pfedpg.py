@@ -12,8 +12,11 @@ import torch.nn.functional as F
 from federations import Outcome, World
 from fedtailor.algorithms.pfedpg import downhill, generated
 from fedtailor.core import Message, Plan, stream
+from fedtailor.data.examples import Subset
 from fedtailor.errors import ConfigError
-from tiny import same
+from fedtailor.losses import classification
+from fedtailor.wire import encode
+from tiny import distance, rows_of, same
 
 Federation = Callable[..., Outcome]
 Maker = Callable[..., World]
@@ -90,9 +93,10 @@ def test_only_a_prompt_crosses_both_ways(federation: Federation) -> None:
             assert seen.reply.body[PROMPT].shape == (2, 32)
         else:  # a client has its tuned prompt
             assert seen.letter.body == {}
-    replies = [seen for seen in done.log if seen.reply.verb == "update"]
-    numbers = 4 * 2 * 32 * len(replies)
-    assert numbers < done.ledger.total("bytes_up") < numbers + 1024 * len(replies)
+    prompt, row = {PROMPT: torch.ones(2, 32)}, done.ledger.clients["c0"]
+    mine = [seen for seen in done.log if seen.reply.verb == "update" and seen.client == "c0"]
+    assert row["bytes_up"] == sum(len(encode(Message("update", prompt, seen.reply.info))) for seen in mine)
+    assert row["bytes_down"] == len(mine) * len(encode(Message("train", prompt)))
     assert not same(done.own["c0"], done.own["c1"])
 
 
@@ -103,6 +107,25 @@ def test_a_server_that_learns_nothing_sends_the_same_prompts_and_heads_go_on(fed
     for client in ("c0", "c1", "c2"):
         assert torch.equal(first[client].letter.body[PROMPT], second[client].letter.body[PROMPT])
         assert not torch.equal(first[client].reply.body[PROMPT], second[client].reply.body[PROMPT])  # another head
+
+
+def test_with_a_server_that_learns_nothing_it_is_local_prompt_tuning(federation: Federation) -> None:
+    """By the model's own backward: the prompt starts anew in each round, the head goes on."""
+    whole = {**GIVEN, "plan": SGD._replace(batch=16, lr=0.1)}
+    done = federation("pfedpg", options={"width": 4, "server_lr": 0.0}, **whole)
+    told = {s.round: s for s in done.log if s.client == "c1" and s.reply.verb == "update"}
+    data = Subset(rows_of("bert"), range(10, 17))
+    batch = data.batch(range(7), int(data.lengths.max()), 7)
+    tree = dict(done.world.technique.init)
+    for round in (1, 2):
+        tree[PROMPT] = told[round].letter.body[PROMPT]
+        moving = {name: t.clone().requires_grad_() for name, t in tree.items()}
+        classification(done.world.technique.bind(False), moving, batch, {}).backward()
+        after = {name: t - 0.1 * moving[name].grad for name, t in tree.items()}  # type: ignore[operator]
+        moved = {PROMPT: after[PROMPT] - tree[PROMPT]}
+        assert distance({PROMPT: told[round].reply.body[PROMPT]}, moved) < 1e-5
+        assert float(moved[PROMPT].abs().max()) > 1e-4
+        tree = after
 
 
 @pytest.mark.parametrize("deploy", ["tuned", "generated"])

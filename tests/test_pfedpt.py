@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from transformers import AutoModelForImageClassification
 
 from federations import PLAN, Outcome, World
-from fedtailor.core import Fit, Fitted, Plan, stream
+from fedtailor.core import Fit, Fitted, Message, Plan, stream
 from fedtailor.data.examples import Subset
 from fedtailor.engines.batches import batches
 from fedtailor.errors import ConfigError
 from fedtailor.techniques.base import FRAME, frame_shapes, framed
+from fedtailor.wire import encode
 from tiny import distance, rows_of, same
 
 Federation = Callable[..., Outcome]
@@ -30,6 +31,7 @@ PROMPT = "prompt_embeddings"
 def test_a_frame_of_two_pixels_around_cifar_has_720_numbers() -> None:
     shapes = frame_shapes((3, 32, 32), 2)
     assert sum(torch.Size(shape).numel() for shape in shapes.values()) == 720
+    assert sum(torch.Size(shape).numel() for shape in frame_shapes((1, 64, 64), 2).values()) == 496
     assert frame_shapes((3, 32, 32), 0) == {}
     images = torch.randn(2, 3, 6, 8)
     frame = {name: torch.randn(shape) for name, shape in frame_shapes((3, 6, 8), 2).items()}
@@ -111,6 +113,10 @@ def test_the_phases_train_disjoint_tensors_and_no_prompt_crosses(family: str, wo
     done = federation("pfedpt", options={"prompt_epochs": 1, "prompt_lr": 0.1}, **given)
     for seen in done.log:
         assert not private & (set(seen.letter.body) | set(seen.reply.body))
+    update = next(s for s in done.log if s.client == "c0" and s.reply.verb == "update")
+    shared = {n: t + 1 for n, t in here.technique.init.items() if n not in private}  # values do not change a length
+    assert len(encode(update.letter)) == len(encode(Message("train", shared)))
+    assert len(encode(update.reply)) == len(encode(Message("update", shared, update.reply.info)))
     tree = here.algorithm.personal(done.own["c0"], letter.body, here.sites("c0", 2))
     assert tree.keys() == here.technique.init.keys() | private
     assert here.algorithm.personal(None, letter.body, here.sites("c0", 2)).keys() == here.technique.init.keys()

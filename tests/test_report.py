@@ -282,6 +282,10 @@ def test_several_runs_show_who_loses_to_training_alone(tmp_path: Path) -> None:
     assert "mine: gain of each client’s own model" in seen.text
     assert "1 of 4 clients lose to local-only (mean gain +0.0750, least -0.1000, largest +0.3000)." in seen.text
     assert "What a model of its own brings a client" not in page(tmp_path, common, same).text
+    # With other validation rows it has trained on others too.
+    text = (same / "experiment.toml").read_text()
+    (same / "experiment.toml").write_text(text.replace("[clients]\n", "[clients]\nvalid = 0.25\n"))
+    assert "lose to local-only" not in page(tmp_path, mine, same).text
 
 
 def test_where_low_is_good_a_gain_is_a_fall(tmp_path: Path) -> None:

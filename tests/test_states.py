@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fedtailor import wire
-from fedtailor.core import Tree, stream
+from fedtailor.core import Message, Tree, stream
 from fedtailor.engines import states as module
 from fedtailor.engines.states import MANIFEST, States
 from fedtailor.errors import RunError
@@ -357,3 +357,19 @@ def test_a_full_disk_is_a_run_error_and_the_run_can_go_on(tmp_path: Path, monkey
         assert same(checkpoint(tmp_path), want)
     second(states)
     assert checkpoint(tmp_path)[0] == 2
+
+
+def test_a_tree_a_client_fits_into_a_checkpoint(tmp_path: Path) -> None:
+    """Names of 700 trees are more than a stranger's message may have."""
+    many = {
+        f"client-{i:05d}": {f"encoder.layer.{k}.attention.self.value.lora_A.weight": torch.ones(1) for k in range(26)}
+        for i in range(1500)
+    }
+    with pytest.raises(wire.WireError, match="header"):
+        wire.encode(Message("state", many))
+    states = States(tmp_path)
+    states.commit(1, {"trees": many}, ENGINE, {})
+    assert len(states.hash({"trees": many})) == 64
+    again = States(tmp_path).resume()
+    assert again is not None
+    assert again[1]["trees"].keys() == many.keys()

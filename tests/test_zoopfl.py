@@ -244,6 +244,17 @@ def test_an_export_has_the_output_map_in_its_head(federation: Federation) -> Non
     assert distance({"p": tree["prompt_embeddings"]}, {"p": here.technique.init["prompt_embeddings"]}) > 1e-3
 
 
+def test_the_shared_output_map_is_in_the_shared_model(federation: Federation) -> None:
+    done = federation("zoopfl", options={**SMALL, "shared": "all"}, rounds=3, **PROMPTED)
+    here, output = done.world, done.state["shared"]["output"]
+    assert distance({"r": output}, {"r": torch.eye(3)}) > 1e-3
+    tree, batch = here.algorithm.model(done.state), some()
+    forward, inputs = here.technique.bind(False), {n: t for n, t in batch.items() if n != "labels"}
+    with torch.no_grad():
+        plain = forward({**here.technique.init, "prompt_embeddings": tree["prompt_embeddings"]}, inputs)
+        torch.testing.assert_close(forward(tree, inputs), plain @ output.mT, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("estimator", ["cge", "rge"])
 def test_it_learns(estimator: str, federation: Federation) -> None:
     options = {"code": 4, "features": 32, "estimator": estimator, "steps": 10, "lr": 0.3, "output_lr": 0.1}

@@ -25,14 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedtailor.core import Batch, Examples, Forward, Predict, Site, Tree, falling, stream
+from fedtailor.core import Batch, Examples, Forward, Predict, Site, Tree, Work, falling, stream
 from fedtailor.techniques.base import WITHIN
 
 RIDGE = 1e-4
 ROWS = 4  # of a step
 
 
-def align(site: Site, frozen: Tree, theirs: Tree, rows: int, steps: int, lr: float) -> Generator[Predict, Any, Tree]:
+def align(site: Site, frozen: Tree, theirs: Tree, rows: int, steps: int, lr: float) -> Generator[Predict | Work, Any, Tree]:
     """The client's own A and B, by the names in `frozen`; `theirs` are the reference model's. A part of a client handler.
 
     Args:
@@ -55,6 +55,7 @@ def align(site: Site, frozen: Tree, theirs: Tree, rows: int, steps: int, lr: flo
     if paired:
         counts = torch.from_numpy(np.arange(counts.shape[1]) < np.asarray(mine.lengths)[:, None])
 
+    yield Work(products(downs, others, counts, steps))
     downs = [polar(down) for down in fitted(downs, inputs, targets, counts, steps, lr, site.seed)]
     out: Tree = {}
     for piece, down, x, target in zip(pieces, downs, inputs, targets, strict=True):
@@ -78,6 +79,12 @@ def entered(forward: Forward, params: Tree, batch: Batch, width: int, paired: bo
     mask = batch["attention_mask"][..., None].to(x.dtype) if "attention_mask" in batch else torch.ones_like(x[..., :1])
     x = x * mask
     return {"within": F.pad(x, (0, 0, 0, width - x.shape[1])) if paired else x.sum(1, keepdim=True) / mask.sum(1, keepdim=True)}
+
+
+def products(downs: Sequence[Tensor], others: Sequence[Tensor], counts: Tensor, steps: int) -> float:
+    """Operations of the products with A and A': targets, each step there and back, and z. Matrices of rank x rank are not counted."""
+    ours, theirs = (float(sum(down.numel() for down in each)) for each in (downs, others))
+    return 2 * counts.numel() * (ours + theirs) + 4 * steps * min(ROWS, len(counts)) * counts.shape[1] * ours
 
 
 def by_module(within: Tensor, downs: Sequence[Tensor]) -> list[Tensor]:
