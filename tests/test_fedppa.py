@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -121,16 +122,15 @@ def test_the_wire_is_the_adapted_layers(federation: Federation) -> None:
 @pytest.mark.parametrize("rows", [1, 6, 23])
 def test_stages_are_one_plan(plan: Plan, rows: int) -> None:
     """As many steps as in one training, and in each pass every row once."""
-    parts = dealt(plan, rows, 4, torch.Generator())
+    parts = dealt(plan, np.arange(rows) % 5 + 3, 4, torch.Generator())
     steps = plan.steps or max(1, round(plan.epochs * -(-rows // plan.batch)))
     whole, left = divmod(steps, -(-rows // plan.batch))
     seen = [row for part in parts for row in part]
     assert len(parts) == 4
-    assert seen[: whole * rows] == [row for i in range(whole) for row in seen[i * rows : (i + 1) * rows]]
     assert all(sorted(seen[i * rows : (i + 1) * rows]) == list(range(rows)) for i in range(whole))
-    assert len(set(seen[whole * rows :])) == len(seen) - whole * rows == min(left * plan.batch, rows)
+    assert len(set(seen[whole * rows :])) == len(seen) - whole * rows <= left * plan.batch
     assert parts[-1]
-    assert dealt(plan, 0, 4, torch.Generator()) == [[]] * 4
+    assert dealt(plan, np.arange(0), 4, torch.Generator()) == [[]] * 4
 
 
 def test_a_training_in_stages_takes_the_steps_of_one(federation: Federation) -> None:

@@ -367,9 +367,7 @@ class Job(NamedTuple):
     clients: int = 1  # all clients of the federation, not only a cohort
     device: str = "cpu"
     names: Sequence[ClientId] = ()  # theirs
-    sizes: tuple[
-        int, ...
-    ] = ()  # ranks or prefix lengths of the clients in turn, where they may differ; the initial tree has the largest
+    sizes: tuple[int, ...] = ()  # ranks or prefix lengths, of clients in turn; the initial tree has the largest
     exact_down: bool = True  # what the server sends arrives unrounded (no lossy filter)
     exact_up: bool = True  # what a client sends does, but for gradients
     valid: float = 0.1  # share of a client's rows that are for validation: a site's data["valid"]

@@ -22,12 +22,14 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from fedtailor.algorithms.cards import card
 from fedtailor.algorithms.checks import checks, update
 from fedtailor.core import Algorithm, ClientId, Fit, Flow, Job, Layers, Message, Part, Plan, Site, State, Talk, Tree, answer_with
+from fedtailor.engines.batches import batches
 from fedtailor.errors import ConfigError, one_of
 from fedtailor.losses import proximal
 from fedtailor.trees import signature, weighted_mean
@@ -77,7 +79,7 @@ def fedppa(
         params = own["params"] if own else begun(site)
         mean = {n: t for n, t in msg.body.items() if n in params and params[n].shape == t.shape}
         moments, seen = dict[str, Any](), 0.0
-        for stage, rows in enumerate(dealt(job.plan, len(site.data["train"]), stages, site.random("fedppa")), start=1):
+        for stage, rows in enumerate(dealt(job.plan, site.data["train"].lengths, stages, site.random("fedppa")), start=1):
             pull, loss, aux = lam * stage / stages, job.loss, {}
             if rule == "interpolate":
                 params = {n: t.lerp(mean[n], pull) if n in mean else t for n, t in params.items()}
@@ -167,15 +169,11 @@ def by_layer(layers: Layers, tree: Tree) -> list[Tree]:
     return [layers.part(tree, Part(number, number + 1, False, False)) for number in range(layers.depth)]
 
 
-def dealt(plan: Plan, rows: int, stages: int, random: Generator) -> list[list[int]]:
-    """Row numbers of each stage: the plan's batches, its passes one after the other, in `stages` parts as equal as can be."""
-    batches: list[list[int]] = []
-    while len(batches) < plan.count(rows):
-        order = torch.randperm(rows, generator=random).tolist()
-        batches += [order[i : i + plan.batch] for i in range(0, rows, plan.batch)]
-    steps = plan.count(rows)
-    ends = [steps * stage // stages for stage in range(stages + 1)]
-    return [[row for batch in batches[a:b] for row in batch] for a, b in pairwise(ends)]
+def dealt(plan: Plan, lengths: np.ndarray, stages: int, random: Generator) -> list[list[int]]:
+    """Row numbers of each stage: the plan's batches, in `stages` parts as equal as can be."""
+    drawn = batches(plan, lengths, random)
+    ends = [len(drawn) * stage // stages for stage in range(stages + 1)]
+    return [[int(row) for batch in drawn[a:b] for row in batch] for a, b in pairwise(ends)]
 
 
 def groups_of(tree: Sequence[Tree]) -> list[str]:
