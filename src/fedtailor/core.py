@@ -92,10 +92,6 @@ class Plan(NamedTuple):
         rate = self.lr * falling(self.decay, (round - 1) / self.rounds)
         return self._replace(lr=rate, decay="constant", rounds=1)
 
-    def count(self, rows: int) -> int:
-        """Optimiser steps of a Fit on so many rows."""
-        return (self.steps or max(1, round(self.epochs * math.ceil(rows / self.batch)))) if rows else 0
-
 
 def falling(shape: str, passed: float) -> float:
     """What is left of a rate when a share `passed` of the way is behind it: 1 at the start, 0 at the end unless constant."""

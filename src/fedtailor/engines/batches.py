@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,7 +25,11 @@ def batches(
     own batch lengths comes. Clients that share a pace meet long batches together, so a stack of them has little padding, and
     the order says nothing about a client's own rows. Without it the order is drawn from `random`.
     """
-    steps, sizes = plan.count(len(lengths)), np.asarray(lengths)
+    n = len(lengths)
+    if n == 0:
+        return []
+    steps = plan.steps or max(1, round(plan.epochs * math.ceil(n / plan.batch)))
+    sizes = np.asarray(lengths)
     out: list[np.ndarray] = []
     while len(out) < steps:
         out += _one_pass(plan.batch, sizes, random, pace or random)
