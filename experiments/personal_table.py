@@ -1,7 +1,7 @@
 """Rebuild the tables and the picture of docs/personal.md: run what is missing, keep what was measured.
 
 python experiments/personal_table.py --preset small                            (some hours a task on one core; resumable at any moment)
-python experiments/personal_table.py --preset small --only "FDU-MTL, LoRA"     (one task)
+python experiments/personal_table.py --preset small --only "FDU-MTL, LoRA"     (one task; with --system apfl, one system of it)
 python experiments/personal_table.py --tables                                  (only the tables, from what is kept in docs/personal/)
 """
 
@@ -31,17 +31,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/personal"), help="run folders")
     parser.add_argument("--docs", type=Path, default=HERE.parent / "docs" / "personal", help="what is kept")
     parser.add_argument("--only", choices=tasks, action="append", help="these tasks (repeatable)")
+    parser.add_argument(
+        "--system", action="append", default=[], help="these systems; what is kept of the others stays (repeatable)"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", help="these alone; a table says how many it has")
     parser.add_argument("--tables", action="store_true", help="run nothing")
     asked = parser.parse_args()
     asked.docs.mkdir(parents=True, exist_ok=True)
     for task in [] if asked.tables else asked.only or tasks:
-        compare(task, asked.out, asked.preset, asked.seeds)
-        rows = json.loads((asked.out / "compare.json").read_text(encoding="utf-8"))
-        kept = [
-            {k: v for k, v in row.items() if k not in ("runs", "curves")} for row in rows
-        ]  # without the paths of this machine
-        (asked.docs / f"{slug(task)}.json").write_text(json.dumps(kept) + "\n", encoding="utf-8")
+        compare(task, asked.system, asked.out, asked.preset, asked.seeds)
+        keep(asked.docs / f"{slug(task)}.json", json.loads((asked.out / "compare.json").read_text(encoding="utf-8")))
     found = {
         task: json.loads(path.read_text(encoding="utf-8"))
         for task in tasks
@@ -52,11 +51,19 @@ def main() -> None:
     print(asked.docs / "tables.md")
 
 
-def compare(task: str, out: Path, preset: str | None, seeds: list[int] | None) -> None:
-    command = [sys.executable, "-m", "fedtailor.cli", "compare", str(FILE), "--only", task, "--out", str(out)]
+def compare(task: str, systems: list[str], out: Path, preset: str | None, seeds: list[int] | None) -> None:
+    command = [sys.executable, "-m", "fedtailor.cli", "compare", str(FILE), "--out", str(out)]
+    command += [word for name in (task, *systems) for word in ("--only", name)]
     command += ["--preset", preset] if preset else []
     command += ["--set", f"compare.seeds={seeds}"] if seeds else []
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def keep(path: Path, rows: list[Row]) -> None:
+    """Rows in the place of those of the same name, without the paths of this machine and the curves."""
+    kept = {row["name"]: row for row in json.loads(path.read_text(encoding="utf-8"))} if path.is_file() else {}
+    kept |= {row["name"]: {k: v for k, v in row.items() if k not in ("runs", "curves")} for row in rows}
+    path.write_text(json.dumps(list(kept.values())) + "\n", encoding="utf-8")
 
 
 def slug(task: str) -> str:
