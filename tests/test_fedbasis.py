@@ -129,6 +129,16 @@ def test_a_basis_in_which_nobody_has_a_share_stays(world: Callable[..., World]) 
     assert distance(after["b0"], {n: t + 1 for n, t in state["params"]["b0"].items()}) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("share", "right"), [([0.3, 0.7], True), ([-1.0, 2.0], False), ([9.0, 9.0], False), ([torch.nan, 0.5], False)]
+)
+def test_a_stranger_has_one_vote_over_all_bases(share: list[float], right: bool, world: Callable[..., World]) -> None:
+    here = world("fedbasis", options={"weights": "coefficients", "bases": 2}, **PREFIX)
+    letter = Message("train", here.algorithm.init(here.technique.init)["params"])
+    reply = Message("update", {"bases": letter.body, "share": torch.tensor(share)}, {"n": 6.0})
+    assert (here.algorithm.check(letter, reply) == "") is right
+
+
 @pytest.mark.parametrize("options", [{"bases": 0}, {"tau": 0.0}, {"per": "row"}, {"phases": "both"}, {"weights": "rows"}])
 def test_what_cannot_be_is_refused(options: dict[str, Any], world: Callable[..., World]) -> None:
     with pytest.raises(ConfigError):

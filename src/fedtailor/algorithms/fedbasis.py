@@ -116,6 +116,12 @@ def fedbasis(
     def like(letter: Message, reply: Message) -> Tree:
         return {"bases": letter.body, **({"share": torch.zeros(bases)} if weights == "coefficients" else {})}
 
+    def fits(letter: Message, reply: Message) -> str:
+        share = reply.body.get("share", torch.zeros(bases))
+        alike = update(like)(letter, reply)
+        # Filters round: a share a little below 0 is one.
+        return alike or ("" if share.min() > -0.05 and share.sum() < 1.05 else "its shares in the bases are not 0 to 1 in all")
+
     answer, judged = answer_with(job, sent, personal)
     return Algorithm(
         init=init,
@@ -124,7 +130,7 @@ def fedbasis(
         answer=answer,
         model=lambda state: combined(state["params"], equal(state["params"]), tau),
         personal=personal,
-        check=checks(job, train=update(like)),
+        check=checks(job, train=fits),
     )
 
 
