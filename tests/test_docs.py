@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -80,3 +81,16 @@ def test_the_page_of_the_experiment_file_names_every_key() -> None:
         assert line, row
         assert keys <= set(re.findall(r"`(\w+)`", line.group())), row
     assert all(re.search(rf"\b{key}\b", text) for key in DeviceSection.model_fields)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs/algorithms").glob("*.md")), ids=lambda p: p.stem)
+def test_the_page_of_an_algorithm_names_every_option(path: Path) -> None:
+    options = [name for name in inspect.signature(ALGORITHMS[path.stem]).parameters if name != "job"]
+    text = path.read_text(encoding="utf-8")
+    assert not [name for name in options if not re.search(rf"\b{name}\b", text)]
+
+
+def test_the_overview_links_to_every_page() -> None:
+    overview = (ROOT / "docs/algorithms.md").read_text(encoding="utf-8")
+    for path in (ROOT / "docs/algorithms").glob("*.md"):
+        assert f"algorithms/{path.name})" in overview, path.name
