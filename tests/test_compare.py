@@ -201,6 +201,8 @@ def test_every_set_is_run_on_every_task_that_it_suits(experiment: Callable[..., 
     assert [case.name for case in cases(asked, ["short"])] == ["short, mean", "short, pooled"]
     with pytest.raises(ConfigError, match=r"--only porx: did you mean 'prox'\?"):
         list(cases(asked, ["porx"]))
+    with pytest.raises(ConfigError, match=r"--only LONG: did you mean 'long'\?"):
+        list(cases(asked, ["LONG"]))
     with pytest.raises(ConfigError, match="name nothing"):
         list(cases(experiment({}), ["prox"]))
 

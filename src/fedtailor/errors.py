@@ -36,7 +36,7 @@ def first_line(error: BaseException) -> str:
 def nearest(word: str, choices: Iterable[str]) -> str:
     """A hint that ends an error line: the closest valid choice, or all of them when none is close."""
     known = sorted(str(c) for c in choices)
-    close = get_close_matches(word, known, n=1, cutoff=0.5)
+    close = [k for k in known if k.lower() == word.lower()] or get_close_matches(word, known, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else f"choose one of: {', '.join(known)}"
 
 
