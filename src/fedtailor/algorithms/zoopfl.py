@@ -4,7 +4,7 @@ Learning" (Lu et al., arXiv 2310.05143), whose equations are not known here: wha
 *output* goes through a linear map of the client's own. **Our reading** of the rest:
     f(x)      what can be seen of an input without the model: hashed counts of its tokens, or its pixels pooled to 8 x 8; of length 1
     z         = f(x) V + b, d numbers: the encoder (V, b) is what everybody shares
-    prompt    = start + (z + e_i) A, an own soft prompt (or prefix) for each row; e_i is private, A random and fixed (as in BBT, 2201.03514)
+    prompt    = start + (z + e_i) A, an own soft prompt (or prefix) for each row; e_i stays, A random and fixed (as in BBT, 2201.03514)
     logits    = R_i o,  o = g(x, prompt): the frozen transformer with its head; R_i is private and starts as the identity
     round <= `pretrain`:  V, b and a decoder back to f(x) go down the mean square error of f(x), by the experiment's plan, and are averaged
     later rounds, `steps` times, on a batch:  v = dL/dz by calls of g alone, for each row,
@@ -13,7 +13,8 @@ Learning" (Lu et al., arXiv 2310.05143), whose equations are not known here: wha
         then by the chain rule V, b and e_i go down v at rate `lr`, and R_i down its own gradient at `output_lr`: o has been seen
     server:   the shared tensors move by the clients' mean change, weighted by examples
 For cge the mean of a row's outputs stands for o. `shared` = "all" averages R as well. What is perturbed is z, so A is a part of the black
-box and is not trained. The wire: (|f| + 1) d numbers both ways (+ |f| d + |f| while pre-training, + classes^2 with "all").
+box and is not trained. e_i is personal, no secret: b has the same gradient, so a client's changes of b add up to it. The wire:
+(|f| + 1) d numbers both ways (+ |f| d + |f| while pre-training, + classes^2 with "all").
 """
 
 from __future__ import annotations
