@@ -260,10 +260,10 @@ def test_the_leaderboards_tables_say_what_the_rows_say(tmp_path: Path) -> None:
     assert lines[0] == "| **fedfomo** | 3 | 0.700 ± 0.248 | +0.100 | 0.200 | 0.250 | - | 2.5 | 0.0 | 2.5 x |"
     assert lines[2].startswith("| fedavg | 3 | 0.400 | -0.200 ± 0.248 |")
     made.picture({"T": rows}, tmp_path)
+    assert (tmp_path / "leaderboard.svg").stat().st_size > 5000
     # One system measured again: its row is replaced, the others stay.
     for measured in (rows, [row("fedfomo", [0.9], 10.0) | {"runs": ["/a/path"], "curves": []}]):
         made.keep(tmp_path / "t.json", measured)
     kept = json.loads((tmp_path / "t.json").read_text(encoding="utf-8"))
     assert [(r["name"], r["seeds"]) for r in kept] == [("T, local", 3), ("T, fedavg", 3), ("T, fedfomo", 1)]
     assert not {"runs", "curves"} & {k for r in kept for k in r}
-    assert (tmp_path / "leaderboard.svg").stat().st_size > 5000
